@@ -155,9 +155,7 @@ class DFloat11:
         expect(positions.shape == (blocks + 1,), f"output_positions: {positions.size} entries for {blocks} blocks")
         if blocks:
             wide = positions.astype(np.int64)
-            expect(
-                wide[0] == 0 and wide[-1] == n and bool((np.diff(wide) >= 0).all()), "output_positions: not rising from 0 to n"
-            )
+            expect(wide[0] == 0 and wide[-1] == n and bool((np.diff(wide) >= 0).all()), "output_positions: not rising from 0 to n")
         check_luts(luts)
 
     def _segments(self, chunks: Chunks) -> Iterator[list[np.ndarray]]:

@@ -1,0 +1,39 @@
+# Two commands do it all on a fresh machine: `make run` and `make test`. `make` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+PY := .venv/bin/python
+NEEDED_GB := 5
+
+.PHONY: help run test lint figures clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+run: .venv/installed  ## compress the embedded default model and print its sizes
+	$(PY) run.py experiment=compression_ratio
+
+test: .venv/installed  ## the fast tests: no GPU, no network
+	$(PY) -m pytest
+
+lint: .venv/installed  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy df11 experiments/harness
+
+figures: .venv/installed  ## redraw every figure from results/
+	$(PY) -m experiments.figures
+
+clean:  ## remove the virtual environment and unpromoted runs
+	rm -rf .venv results/runs
+
+.venv/installed: pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); [ "$$free" -ge $(NEEDED_GB) ] || \
+	  { echo "$$free GB are free here, $(NEEDED_GB) are needed for the packages and the model: free some disk"; exit 1; }
+	@echo "Installing into .venv (once, some minutes) ..."
+	@$(PYTHON) -m venv .venv || { echo "No virtual environment could be made: install Python's venv module (Debian: python3-venv)"; exit 1; }
+	@.venv/bin/pip install -q -c constraints-cpu.txt -e '.[harness,models,tracking,dev]' || \
+	  { echo "The packages could not be installed. Is the package index reachable (proxy, PIP_INDEX_URL)? Then try again."; exit 1; }
+	@touch $@

@@ -1,0 +1,58 @@
+"""The whole config, typed: Hydra composes it from conf/, the runner checks it against this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from df11.sources import ModelSpec
+
+
+@dataclass
+class CodecConfig:
+    name: str = "dfloat11"  # a format of df11.formats
+    options: dict[str, Any] = field(default_factory=dict)  # its constructor's
+
+
+@dataclass
+class BenchConfig:
+    """How speed is measured."""
+
+    warmup: int = 1
+    repeats: int = 5
+    threads: list[int] = field(default_factory=lambda: [1])
+
+
+@dataclass
+class DeviceConfig:
+    name: str = "cpu"  # cpu | cuda
+
+
+@dataclass
+class LoggerConfig:
+    name: str = "console"  # console | wandb
+    project: str = "df11"
+    mode: str = "offline"  # offline | online
+    timeout_s: int = 20  # online: after this the run is kept offline
+
+
+@dataclass
+class Config:
+    experiment: str | None = None
+    model: ModelSpec = field(default_factory=ModelSpec)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = 0
+    force: bool = False  # run again what is done
+    preflight: bool = False  # say what would be needed; run nothing
+    promote: bool = False  # copy the rows to results/<experiment>.csv
+    promote_anyway: bool = False  # also from a changed tree, also across GPUs
+    results_dir: str = "results"
+    cache_dir: str | None = None  # models; null: $DF11_CACHE or the user's cache
+
+    @property
+    def cache(self) -> Path | None:
+        return Path(self.cache_dir) if self.cache_dir else None

@@ -1,0 +1,29 @@
+"""`python -m experiments.figures [results]`: redraw every figure from the committed tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from experiments.figures import compression_ratio, compression_time, exponent_entropy, style
+
+FIGURES = {
+    "compression_ratio": compression_ratio.draw,
+    "exponent_entropy": exponent_entropy.draw,
+    "compression_time": compression_time.draw,
+}
+
+
+def main(results: Path) -> None:
+    style.use()
+    for name, draw in FIGURES.items():
+        figure = draw(results)
+        style.save(figure, results / "figures" / name)
+        plt.close(figure)
+        print(f"{results / 'figures' / name}.pdf, .png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results"))

@@ -1,0 +1,32 @@
+"""Table 5 as a figure: encoder speed, with the published one-thread times apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.figures.style import BLUE, GREY, load, published
+
+
+def draw(results: Path) -> Figure:
+    rows = load(results, "compression_time").query("metric == 'mb_per_s_bf16'")
+    median = rows.groupby(["model", "kernel", "threads"], sort=False)["value"].median()
+    figure, axis = plt.subplots(figsize=(6.4, 0.3 * len(median) + 1.1))
+    labels = [
+        f"{model}: {'released encoder' if kernel == 'released' else f'this project ({kernel})'}, {threads} thread(s)"
+        for model, kernel, threads in median.index
+    ]
+    colours = [GREY if kernel == "released" else BLUE for _, kernel, _ in median.index]
+    axis.barh(labels, median, color=colours, height=0.7)
+    for y, value in enumerate(median):
+        axis.text(value * 1.1, y, f"{value:,.0f}" if value >= 10 else f"{value:.1f}", va="center", fontsize=7)
+    axis.set_xscale("log")
+    axis.set_xlim(right=median.max() * 3)
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0, labelsize=7)
+    axis.set_xlabel("MB of BF16 encoded a second")
+    paper = published(results, "compression_time").query("model == 'Llama 3.1 8B Instruct'")["seconds_per_block_one_thread"].iloc[0]
+    axis.set_title(f"Encoders, one transformer block (published, one thread, Llama 3.1 8B: {paper} s, about 2.3 MB/s)", fontsize=8)
+    return figure

@@ -1,0 +1,1 @@
+"""Runs experiments and keeps their results. Generic: knows nothing of what is measured."""

@@ -1,0 +1,71 @@
+"""`preflight=true`: what a run would need and whether it is there. Nothing is run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.harness.api import Need
+from experiments.harness.sinks import show
+
+
+def check(needs: Iterable[Need], folder: Path, device: str) -> bool:
+    """Print every need and what the machine has; False where something is lacking."""
+    needs = list(needs)
+    rows = [
+        {
+            "needed for": need.what,
+            "download GB": need.download / 1e9,
+            "disk GB": need.disk / 1e9,
+            "memory GB": need.memory / 1e9,
+            "GPU memory GB": need.gpu_memory / 1e9,
+            "minutes": need.minutes,
+            "hub token": "needed" if need.token else "-",
+        }
+        for need in needs
+    ]
+    if rows:
+        show(pd.DataFrame(rows), "needed")
+    there = folder
+    while not there.exists():
+        there = there.parent
+    disk = shutil.disk_usage(there).free
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    gpu = _gpu_memory() if device != "cpu" else 0
+    wanted_disk, wanted_gpu = sum(n.disk for n in needs), max((n.gpu_memory for n in needs), default=0)
+    wanted_memory = max((n.memory for n in needs), default=0)
+    verdicts = [
+        ("disk", wanted_disk, disk, "free some, or set cache_dir"),
+        ("memory", wanted_memory, memory, "use a smaller model, or model.sample_blocks=1 with synthetic weights"),
+        ("GPU memory", wanted_gpu, gpu, "use a larger GPU or a smaller model"),
+    ]
+    good = True
+    for what, wanted, has, remedy in verdicts:
+        lacking = wanted > has
+        good &= not lacking
+        print(f"{what}: {wanted / 1e9:.1f} GB needed, {has / 1e9:.1f} GB there" + (f" - NOT ENOUGH: {remedy}" if lacking else ""))
+    if any(n.token for n in needs) and not _has_token():
+        good = False
+        print("hub token: missing. The repository is gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN")
+    print(f"about {sum(n.minutes for n in needs):.0f} minutes")
+    return good
+
+
+def _gpu_memory() -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+
+
+def _has_token() -> bool:
+    if os.environ.get("HF_TOKEN"):
+        return True
+    try:
+        from huggingface_hub import get_token
+    except ModuleNotFoundError:
+        return False
+    return get_token() is not None

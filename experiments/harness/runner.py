@@ -1,0 +1,194 @@
+"""One point of a sweep, from config to stored rows: skip what is done, resume what was interrupted, keep what failed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib
+import json
+import random
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.harness import preflight, provenance, sinks
+from experiments.harness.api import SCHEMA, did_you_mean
+from experiments.harness.store import Journal, ResultError, complete, promote, read_csv, to_csv, write_atomically
+
+SEMANTIC = ("experiment", "model", "codec", "bench", "device", "seed")  # the part of a config that decides a result
+
+
+class UsageError(Exception):
+    """A command that asks for something that is not there. Shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one job of a sweep ended."""
+
+    experiment: str
+    model: str
+    state: str  # ok | skipped | failed | checked
+    folder: str = ""
+    detail: str = ""
+
+
+def typed(config: Any, schema: type) -> Any:
+    """A Hydra config as the dataclasses of `schema`; a key that they do not have raises UsageError with the nearest one."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+    except OmegaConfBaseException as error:
+        known = [str(key) for key in _keys(OmegaConf.structured(schema))]
+        unknown = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
+        hint = did_you_mean(unknown, known) if unknown not in known else ""
+        raise UsageError(f"config key {unknown!r}: {str(error).splitlines()[0]}{hint}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items_ex(resolve=False):
+        yield f"{prefix}{key}"
+        if OmegaConf.is_dict(value):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def find(name: str | None, experiments: Mapping[str, str]) -> ModuleType:
+    """The experiment's module, imported now and not before."""
+    if name is None:
+        listed = "\n".join(f"  python run.py experiment={known}" for known in experiments)
+        raise UsageError(f"choose an experiment:\n{listed}")
+    if name not in experiments:
+        raise UsageError(f"no experiment {name!r}{did_you_mean(name, experiments)}")
+    return importlib.import_module(experiments[name])
+
+
+def run_id(config: Any, module: ModuleType, gpu: str) -> str:
+    """Hash of all that decides a result: config, code, GPU. A changed kernel is a new run."""
+    semantic = {name: value for name, value in asdict(config).items() if name in SEMANTIC}
+    own = Path(str(module.__file__)).resolve()
+    code = provenance.hash_files([*provenance.files("df11"), *provenance.files("kernels"), own])
+    text = json.dumps([SCHEMA, semantic, code, gpu], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run(config: Any, schema: type, experiments: Mapping[str, str], group: str = "") -> Outcome:
+    """Run one config. Errors of the experiment end in ERROR.txt and a failed Outcome; errors of use raise UsageError."""
+    cfg = typed(config, schema)
+    module = find(cfg.experiment, experiments)
+    results = Path(cfg.results_dir)
+    if cfg.preflight:
+        good = preflight.check(module.preflight(cfg), results, cfg.device.name)
+        return Outcome(cfg.experiment, cfg.model.name, "checked" if good else "failed", detail="" if good else "not enough")
+    gpu, gpus = provenance.gpu_name(cfg.device.name)
+    fixed = {
+        "experiment": cfg.experiment,
+        "run_id": run_id(cfg, module, gpu),
+        "model": cfg.model.name,
+        "gpu": gpu,
+        "gpus": gpus,
+    }
+    folder = results / "runs" / cfg.experiment / fixed["run_id"]
+    with _locked(folder):
+        if (folder / "DONE").exists() and not cfg.force:
+            outcome = Outcome(cfg.experiment, cfg.model.name, "skipped", str(folder), "done before; force=true runs it again")
+        else:
+            outcome = _measure(cfg, module, fixed, folder)
+        if outcome.state in ("ok", "skipped"):
+            _present(cfg, module, results, folder, group)
+    return outcome
+
+
+def _measure(cfg: Any, module: ModuleType, fixed: dict[str, Any], folder: Path) -> Outcome:
+    for name in ("DONE", "ERROR.txt", *(["points.jsonl"] if cfg.force else [])):
+        (folder / name).unlink(missing_ok=True)
+    journal = Journal(folder)
+    resumed = len(journal.points)
+    if resumed:
+        print(f"{folder}: goes on after {resumed} finished points", file=sys.stderr)
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
+    record = {
+        "source": provenance.source(),
+        "command": provenance.command(),
+        "config": {name: value for name, value in asdict(cfg).items() if name in SEMANTIC},
+        "machine": provenance.machine(),
+        "gpu": fixed["gpu"],
+        "gpu_before": provenance.gpu_state(cfg.device.name),
+        "resumed_after_points": resumed,
+        "start": provenance.now(),
+    }
+    try:
+        for point in module.run(cfg, dict(journal.points)):
+            for row in point.rows:
+                complete(row, fixed, module.AXES)
+            journal.append(point)
+        if not journal.rows:
+            raise ResultError("the experiment gave no rows")
+    except Exception:  # whatever an experiment raises is kept, and a sweep goes on
+        write_atomically(folder / "ERROR.txt", traceback.format_exc())
+        traceback.print_exc()
+        return Outcome(fixed["experiment"], fixed["model"], "failed", str(folder), str(sys.exc_info()[1]))
+    record |= {"end": provenance.now(), "gpu_after": provenance.gpu_state(cfg.device.name)}
+    record["about"] = journal.about
+    rows = [complete(row, fixed, module.AXES) for row in journal.rows]
+    write_atomically(folder / "rows.csv", to_csv(rows, list(rows[0])))
+    write_atomically(folder / "provenance.json", json.dumps(record, indent=2, default=str) + "\n")
+    write_atomically(folder / "DONE", record["end"] + "\n")
+    return Outcome(fixed["experiment"], fixed["model"], "ok", str(folder))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two processes never write the same run. The lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder} is being written by another process: wait for it") from None
+        yield
+
+
+def _present(cfg: Any, module: ModuleType, results: Path, folder: Path, group: str) -> None:
+    rows = read_csv(folder / "rows.csv")
+    table = module.table(pd.DataFrame(rows), cfg)
+    sinks.show(table, f"{cfg.experiment}, {cfg.model.name} ({rows[0]['weights']} weights)")
+    if cfg.promote:
+        for change in promote(results, cfg.experiment, folder, cfg.promote_anyway):
+            print(f"replaced: {change}")
+        print(f"promoted to {results / cfg.experiment}.csv")
+    if cfg.logger.name == "wandb":
+        sinks.mirror_to_wandb(cfg.logger, folder, group or cfg.experiment, asdict(cfg), rows, table)
+
+
+def report(outcomes: Sequence[Outcome]) -> int:
+    """Print how each job ended; the exit status, 1 if any failed. A single failure has been told already."""
+    for o in outcomes if len(outcomes) > 1 else [o for o in outcomes if o.state != "failed"]:
+        print(f"{o.state}: {o.experiment} {o.model} {o.folder}" + (f" ({o.detail})" if o.detail else ""))
+    return int(any(o.state == "failed" for o in outcomes))
+
+
+def refuse_dropped_sweep(hydra: Any) -> None:
+    """Raise UsageError where Hydra 1.3 composed a job of `-m experiment=a,b` without the sweep that the file declares.
+
+    Hydra reads `hydra.sweeper.params` before it knows which experiment a job is, so such a sweep is silently lost.
+    """
+    declared = set((hydra.sweeper.get("params") or {}).keys())
+    given = {override.split("=", 1)[0].lstrip("+") for override in hydra.overrides.task}
+    if declared - given:
+        choice = hydra.runtime.choices.experiment
+        raise UsageError(
+            f"experiment={choice} sweeps {', '.join(sorted(declared))} itself, and -m with several experiments drops that: "
+            f"run `python run.py experiment={choice}` on its own"
+        )

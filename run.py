@@ -1,0 +1,39 @@
+"""`python run.py experiment=NAME`: measure one table or figure. `python run.py` lists them."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from experiments.config import Config
+from experiments.harness import runner
+
+EXPERIMENTS = {
+    "compression_ratio": "experiments.compression_ratio",
+    "exponent_entropy": "experiments.exponent_entropy",
+    "compression_time": "experiments.compression_time",
+}
+
+
+def main() -> int:
+    outcomes: list[runner.Outcome] = []
+
+    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
+    def job(cfg: DictConfig) -> None:
+        settings = HydraConfig.get()
+        try:
+            runner.refuse_dropped_sweep(settings)
+            outcomes.append(runner.run(cfg, Config, EXPERIMENTS))
+        except runner.UsageError as error:
+            print(f"run.py: {error}", file=sys.stderr)
+            outcomes.append(runner.Outcome(str(cfg.experiment), str(cfg.model.name), "failed", detail=str(error)))
+
+    job()
+    return runner.report(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
