@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from experiments.config import Config
@@ -26,7 +28,8 @@ def main() -> int:
         settings = HydraConfig.get()
         try:
             runner.refuse_dropped_sweep(settings)
-            outcomes.append(runner.run(cfg, Config, EXPERIMENTS))
+            sweep = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else ""
+            outcomes.append(runner.run(cfg, Config, EXPERIMENTS, sweep))
         except runner.UsageError as error:
             print(f"run.py: {error}", file=sys.stderr)
             outcomes.append(runner.Outcome(str(cfg.experiment), str(cfg.model.name), "failed", detail=str(error)))

@@ -1,0 +1,118 @@
+"""Each experiment on the tiny model, from config to table and figure."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from omegaconf import DictConfig
+
+from experiments.config import Config
+from experiments.figures import __main__ as figures
+from experiments.figures import style
+from experiments.harness import runner, store
+from run import EXPERIMENTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def rows(config: Callable[..., DictConfig]) -> Callable[..., pd.DataFrame]:
+    def run(*overrides: str) -> pd.DataFrame:
+        outcome = runner.run(config(*overrides), Config, EXPERIMENTS)
+        assert outcome.state == "ok", outcome
+        return pd.DataFrame(store.read_csv(Path(outcome.folder) / "rows.csv"))
+
+    return run
+
+
+def values(rows: pd.DataFrame, **where: str) -> pd.Series:
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    return rows.set_index("metric")["value"]
+
+
+def test_compression_ratio_counts_every_byte(rows: Callable[..., pd.DataFrame]) -> None:
+    table = rows("experiment=compression_ratio")
+    model, compressed = values(table, scope="model"), values(table, scope="compressed")
+    units = table[table["scope"] == "unit"]
+    assert set(units["module"]) == {"model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"}
+    assert set(table["weights"]) == {"random"} and set(table["blocks"]) == {"all"}
+    assert model["weight_mismatches"] == 0
+    for metric in ("original_bytes", "compressed_bytes", "gaps_bytes", "weights"):
+        assert compressed[metric] == units[units["metric"] == metric]["value"].sum()
+    norms = 2 * 5 * 128
+    assert model["uncompressed_bytes"] == norms == model["original_bytes"] - compressed["original_bytes"]
+    parts = [
+        m for m in model.index if m.endswith("_bytes") and m.split("_")[0] not in ("original", "compressed", "peak", "largest")
+    ]
+    assert sum(model[parts]) == model["compressed_bytes"]
+    assert model["bits_per_weight"] == pytest.approx(model["entropy_bound_bits"] + model["overhead_bits"])
+    assert 10.4 < compressed["entropy_bound_bits"] < compressed["bits_per_weight"] < 11.2
+
+
+def test_compression_ratio_of_bf16_is_100_percent(rows: Callable[..., pd.DataFrame]) -> None:
+    assert values(rows("experiment=compression_ratio", "codec=bf16"), scope="model")["ratio_percent"] == 100
+
+
+def test_a_sample_of_blocks_stands_for_all(rows: Callable[..., pd.DataFrame]) -> None:
+    geometry = ["model=llama3_1_8b_synthetic", "model.geometry.hidden_size=64", "model.geometry.intermediate_size=128"]
+    geometry += ["model.geometry.num_attention_heads=2", "model.geometry.num_key_value_heads=1", "model.geometry.head_dim=32"]
+    table = rows("experiment=compression_ratio", *geometry, "model.geometry.vocab_size=256")
+    assert set(table["blocks"]) == {"1 of 32"} and set(table["weights"]) == {"synthetic-normal"}
+    block = values(table, module="model.layers.0")
+    assert block["repeats"] == 32
+    ends = sum(values(table, module=m)["compressed_bytes"] for m in ("model.embed_tokens", "lm_head"))
+    assert values(table, scope="compressed")["compressed_bytes"] == 32 * block["compressed_bytes"] + ends
+
+
+def test_compression_ratio_resumes_to_the_same_table(config: Callable[..., DictConfig]) -> None:
+    cfg = runner.typed(config("experiment=compression_ratio"), Config)
+    module = runner.find(cfg.experiment, EXPERIMENTS)
+    whole = {p.key: p.rows for p in module.run(cfg, {})}
+    begun = {key: whole[key] for key in list(whole)[:2]}
+    resumed = begun | {p.key: p.rows for p in module.run(cfg, begun)}
+    assert list(resumed) == list(whole)
+
+    def deterministic(points: dict[str, list[dict]]) -> list[tuple]:
+        return [(r["module"], r["metric"], r["value"]) for rows in points.values() for r in rows if "memory" not in r["metric"]]
+
+    for ours, theirs in zip(deterministic(resumed), deterministic(whole), strict=True):
+        assert ours[:2] == theirs[:2] and ours[2] == pytest.approx(theirs[2], rel=1e-12)
+
+
+def test_exponent_entropy(rows: Callable[..., pd.DataFrame]) -> None:
+    table = rows("experiment=exponent_entropy")
+    blocks = table[table["scope"] == "block"]
+    entropy = blocks[blocks["metric"] == "entropy_bits"].set_index("field")["value"]
+    assert entropy["sign"] == pytest.approx(1, abs=0.01) and entropy["mantissa"] == pytest.approx(6.97, abs=0.02)
+    assert 2.4 < entropy["exponent"] < 2.7
+    frequency = blocks[blocks["metric"] == "relative_frequency"]
+    assert frequency["value"].sum() == pytest.approx(1) and frequency["value"].is_monotonic_decreasing
+
+
+def test_compression_time(rows: Callable[..., pd.DataFrame]) -> None:
+    table = rows("experiment=compression_time", "bench.repeats=2")
+    speed = table[table["metric"] == "mb_per_s_bf16"]
+    assert list(speed[speed["kernel"] == "cpu"]["threads"]) == ["1", "1", "2", "2"]
+    assert len(speed[speed["kernel"] == "released"]) == 1 and (speed["value"] > 0).all()
+
+
+# Figures.
+
+
+def test_every_figure_draws_from_the_committed_results(tmp_path: Path) -> None:
+    style.use()
+    for name, draw in figures.FIGURES.items():
+        style.save(draw(ROOT / "results"), tmp_path / name)
+        assert (tmp_path / f"{name}.pdf").stat().st_size > 5000 and (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_figures_refuse_missing_and_ambiguous_rows(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="promote=true"):
+        style.load(tmp_path, "compression_ratio")
+    frame = pd.DataFrame([{"model": "m", "run_id": "a", "metric": "x", "value": 1}] * 2)
+    with pytest.raises(ValueError, match="ambiguous"):
+        style.one(frame, model="m")
+    with pytest.raises(ValueError, match="no rows"):
+        style.one(frame, model="n")

@@ -1,0 +1,275 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.config import Config
+from experiments.harness import memory, provenance, runner, store, timing
+from experiments.harness.api import Point, did_you_mean
+
+ROOT = Path(__file__).parents[2]
+TOY = {"toy": "tests.experiments.toy"}
+CLEAN = {"sha": "a" * 40, "dirty": False, "tree": "t"}
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., runner.Outcome]:
+    """Runs the toy from a clean tree."""
+    monkeypatch.setattr(provenance, "source", lambda: CLEAN)
+
+    def run(**changes: Any) -> runner.Outcome:
+        base = {"experiment": "toy", "model": {"name": "m"}, "bench": {"repeats": 3}, "results_dir": str(tmp_path)}
+        return runner.run(OmegaConf.merge(base, changes), Config, TOY)
+
+    return run
+
+
+# Runs: done, skipped, resumed, failed.
+
+
+def test_a_run_is_stored_then_skipped_then_forced(toy: Callable[..., runner.Outcome]) -> None:
+    first = toy()
+    folder = Path(first.folder)
+    assert first.state == "ok" and (folder / "DONE").exists()
+    rows = pd.read_csv(folder / "rows.csv")
+    assert len(rows) == 6 and list(rows["value"][:2]) == [0, 0] and set(rows["run_id"]) == {folder.name}
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["source"] == CLEAN and record["about"] == {"toy": True} and record["machine"]["versions"]["torch"]
+    assert toy().state == "skipped"
+    before = (folder / "DONE").stat().st_mtime_ns
+    assert toy(force=True).state == "ok" and (folder / "DONE").stat().st_mtime_ns > before
+
+
+def test_a_failure_keeps_its_rows_and_the_next_run_goes_on(
+    toy: Callable[..., runner.Outcome], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TOY_FAILS_AT", "2")
+    failed = toy()
+    folder = Path(failed.folder)
+    assert failed.state == "failed" and "breaks here" in (folder / "ERROR.txt").read_text()
+    assert not (folder / "DONE").exists() and not (folder / "rows.csv").exists()
+    assert len(store.Journal(folder).points) == 2
+    assert runner.report([failed]) == 1
+    monkeypatch.delenv("TOY_FAILS_AT")
+    assert toy().state == "ok" and not (folder / "ERROR.txt").exists()
+    assert "goes on after 2" in capsys.readouterr().err
+    assert len(pd.read_csv(folder / "rows.csv")) == 6
+
+
+def test_a_killed_run_leaves_no_done_and_is_resumed_to_the_same_table(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.experiments.toy"]
+    environment = os.environ | {"TOY_SECONDS": "0.02", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("killed/runs/toy/*/points.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = (tmp_path / "killed" / "runs" / "toy").iterdir()
+    assert not (folder / "DONE").exists() and not (folder / "rows.csv").exists()
+    assert 0 < len(store.Journal(folder).points) < 30
+    # A line cut in the middle, as a crash of the machine would leave it.
+    with (folder / "points.jsonl").open("a") as file:
+        file.write('{"key": "p29", "rows": [{"n": 29, "met')
+    for target in ("killed", "whole"):
+        subprocess.run([*command, str(tmp_path / target)], cwd=ROOT, env=environment | {"TOY_SECONDS": "0"}, check=True)
+    (whole,) = (tmp_path / "whole" / "runs" / "toy").iterdir()
+    assert (folder / "rows.csv").read_text() == (whole / "rows.csv").read_text()
+
+
+def test_a_run_that_another_process_writes_is_refused(toy: Callable[..., runner.Outcome]) -> None:
+    folder = Path(toy().folder)
+    with runner._locked(folder), pytest.raises(runner.UsageError, match="another process"):
+        toy()
+
+
+def test_the_run_id_follows_what_decides_a_result(toy: Callable[..., runner.Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = toy().folder
+    assert toy(logger={"name": "console", "timeout_s": 3}, promote=False).folder == first
+    assert toy(seed=1).folder != first
+    assert toy(bench={"repeats": 2}).folder != first
+    cfg, module = runner.typed({"experiment": "toy", "model": {"name": "m"}}, Config), runner.find("toy", TOY)
+    here = runner.run_id(cfg, module, "-")
+    assert runner.run_id(cfg, module, "NVIDIA H200") != here
+    monkeypatch.setattr(provenance, "hash_files", lambda paths: "changed source")
+    assert runner.run_id(cfg, module, "-") != here
+
+
+def test_the_hash_of_the_source_follows_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    (tmp_path / "df11").mkdir()
+    (tmp_path / "df11" / "a.py").write_text("1")
+    first = provenance.tree_hash()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "x.csv").write_text("1")
+    assert provenance.tree_hash() == first
+    (tmp_path / "df11" / "a.py").write_text("2")
+    assert provenance.tree_hash() != first
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"metrc": "x"}, "did you mean 'metric'"),
+        ({"metric": "x", "unit": "s"}, "has no value"),
+        ({"metric": "x", "unit": "s", "value": float("nan")}, "not a finite number"),
+        ({"metric": "x", "unit": "s", "value": "3"}, "not a finite number"),
+        ({"metric": "x", "value": 3}, "has no unit"),
+    ],
+)
+def test_rows_are_checked(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(store.ResultError, match=message):
+        store.complete(row, {}, ("n",))
+
+
+def test_a_point_is_yielded_once(tmp_path: Path) -> None:
+    journal = store.Journal(tmp_path)
+    journal.append(Point("a", []))
+    with pytest.raises(store.ResultError, match="twice"):
+        journal.append(Point("a", []))
+
+
+# Promotion.
+
+
+def finished(folder: Path, run: str, dirty: bool = False, **row: Any) -> Path:
+    path = folder / "runs" / "toy" / run
+    path.mkdir(parents=True)
+    rows = [store.complete({"metric": "time", "value": 1.5, "unit": "s", "n": 1, "model": "m"} | row, {"run_id": run}, ("n",))]
+    (path / "rows.csv").write_text(store.to_csv(rows, list(rows[0])))
+    (path / "provenance.json").write_text(json.dumps({"source": CLEAN | {"dirty": dirty}}))
+    return path
+
+
+def test_promotion_keeps_the_newest_row_of_a_key_and_says_what_it_replaced(tmp_path: Path) -> None:
+    assert store.promote(tmp_path, "toy", finished(tmp_path, "r1")) == []
+    assert store.promote(tmp_path, "toy", finished(tmp_path, "r2", n=10)) == []
+    assert store.promote(tmp_path, "toy", finished(tmp_path, "r3", value=2)) == ["m time: 1.5 -> 2"]
+    rows = store.read_csv(tmp_path / "toy.csv")
+    assert [(row["run_id"], row["n"], row["value"]) for row in rows] == [("r3", "1", 2), ("r2", "10", 1.5)]
+    # The provenance of a row that is gone goes too.
+    assert sorted(p.name for p in (tmp_path / "provenance").iterdir()) == ["toy-r2.json", "toy-r3.json"]
+
+
+def test_promotion_refuses_changed_trees_and_mixed_gpus(tmp_path: Path) -> None:
+    with pytest.raises(store.ResultError, match="uncommitted"):
+        store.promote(tmp_path, "toy", finished(tmp_path, "r1", dirty=True))
+    store.promote(tmp_path, "toy", finished(tmp_path, "r2", gpu="H100"))
+    other = finished(tmp_path, "r3", gpu="H200")
+    with pytest.raises(store.ResultError, match="mix the GPUs H100, H200"):
+        store.promote(tmp_path, "toy", other)
+    store.promote(tmp_path, "toy", other, anyway=True)
+    assert len(store.read_csv(tmp_path / "toy.csv")) == 2
+
+
+def test_load_all_reads_finished_runs_only(toy: Callable[..., runner.Outcome], tmp_path: Path) -> None:
+    toy()
+    (Path(toy(seed=1).folder) / "DONE").unlink()
+    assert len(store.load_all(tmp_path, "toy")) == 6
+
+
+# Provenance.
+
+
+def test_source_json_stands_in_for_git_and_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    (tmp_path / "run.py").write_text("1")
+    with pytest.raises(provenance.ProvenanceError, match="before copying"):
+        provenance.source()
+    written = {"sha": "b" * 40, "dirty": False, "tree": provenance.tree_hash()}
+    (tmp_path / "SOURCE.json").write_text(json.dumps(written))
+    assert provenance.source() == written
+    (tmp_path / "run.py").write_text("2")
+    with pytest.raises(provenance.ProvenanceError, match="another tree"):
+        provenance.source()
+
+
+def test_cuda_without_a_gpu_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(provenance.ProvenanceError, match="device=cpu"):
+        provenance.gpu_name("cuda")
+
+
+# Errors of use.
+
+
+def test_unknown_names_come_with_the_nearest_known_one() -> None:
+    with pytest.raises(runner.UsageError, match="did you mean 'toy'"):
+        runner.find("tpy", TOY)
+    with pytest.raises(runner.UsageError, match="experiment=toy"):
+        runner.find(None, TOY)
+    with pytest.raises(runner.UsageError, match=r"bench\.repeat.*did you mean 'bench.repeats'"):
+        runner.typed({"bench": {"repeat": 2}}, Config)
+    assert did_you_mean("zzz", ["b", "a"]) == ": there are a, b"
+
+
+def test_preflight_runs_nothing_and_says_what_is_lacking(
+    toy: Callable[..., runner.Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert toy(preflight=True).state == "checked"
+    monkeypatch.setenv("TOY_DISK", str(10**18))
+    assert toy(preflight=True).state == "failed"
+    assert "NOT ENOUGH" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_typed_config_equals_the_composed_one(config: Callable[..., DictConfig]) -> None:
+    assert asdict(runner.typed(config(), Config))["model"]["geometry"]["hidden_size"] == 128
+
+
+# Instruments.
+
+
+def test_wall_clock_returns_raw_samples_without_the_warm_up() -> None:
+    calls: list[int] = []
+    samples = timing.wall_clock(lambda: calls.append(1), warmup=2, repeats=3)
+    assert len(calls) == 5 and len(samples) == 3 and min(samples) >= 0
+
+
+def test_peak_memory_sees_an_allocation_and_its_reset() -> None:
+    memory.reset_peak()
+    block = bytearray(os.urandom(1 << 20) * 128)
+    assert memory.peak() >= memory.resident() >= len(block)
+    high = memory.peak()
+    del block
+    memory.reset_peak()
+    assert memory.peak() < high - (64 << 20)
+
+
+# The mirror.
+
+
+@pytest.mark.slow
+def test_wandb_mirrors_offline_without_an_account(toy: Callable[..., runner.Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    outcome = toy(logger={"name": "wandb"})
+    assert outcome.state == "ok"
+    (kept,) = Path(outcome.folder).glob("wandb/offline-run-*/*.wandb")
+    assert b"whole" in kept.read_bytes()
+
+
+@pytest.mark.slow
+def test_wandb_with_a_key_but_no_network_does_not_block(
+    toy: Callable[..., runner.Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    start = time.monotonic()
+    outcome = toy(logger={"name": "wandb", "mode": "online", "timeout_s": 5})
+    assert outcome.state == "ok" and time.monotonic() - start < 60
+    assert list(Path(outcome.folder).glob("wandb/offline-run-*/*.wandb"))
