@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.config import Config
+from experiments.config import Config, register
 from experiments.harness import runner
 
 EXPERIMENTS = {
@@ -21,6 +21,7 @@ EXPERIMENTS = {
 
 
 def main() -> int:
+    register()
     outcomes: list[runner.Outcome] = []
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="config")

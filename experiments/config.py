@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+
 from df11.sources import ModelSpec
 
 
@@ -56,3 +58,8 @@ class Config:
     @property
     def cache(self) -> Path | None:
         return Path(self.cache_dir) if self.cache_dir else None
+
+
+def register() -> None:
+    """Make the types known to Hydra, so that an override of a key that no file sets is accepted and a wrong one refused."""
+    ConfigStore.instance().store(name="schema", node=Config)

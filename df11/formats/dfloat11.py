@@ -36,7 +36,7 @@ from df11.huffman import MAX_CODE_LENGTH, Code
 CHUNK_BYTES = 8  # of the stream a thread
 BLOCK_CHUNKS = 512  # threads a block
 BLOCK_BYTES = CHUNK_BYTES * BLOCK_CHUNKS
-SEGMENT = 1 << 19  # weights encoded by one thread at a time
+SEGMENT = 1 << 18  # weights encoded by one thread at a time
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -83,6 +83,7 @@ class DFloat11:
         self.max_code_length = max_code_length
         self.threads = threads or len(os.sched_getaffinity(0))
         self.strict = strict
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def encode(self, chunks: Chunks, shapes: Sequence[tuple[int, ...]], code: Code | None = None) -> DFloat11Unit:
         """Compress a bf16 stream, read twice: for its histogram, then for its codes. Memory: the result and a few chunks.
@@ -164,11 +165,10 @@ class DFloat11:
             yield [flat[i : i + SEGMENT] for i in range(0, flat.size, SEGMENT)]
 
     def _map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        # The numba kernels release the GIL. One thread stays in this one, so that `threads=1` means one.
-        if self.threads == 1 or len(items) < 2:
+        # The numba kernels release the GIL. One thread means this one.
+        if self._pool is None or len(items) < 2:
             return [function(item) for item in items]
-        with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(function, items))
+        return list(self._pool.map(function, items))
 
     def _encode_raw(self, chunks: Chunks, shapes: tuple[tuple[int, ...], ...], n: int, checksum: str) -> DFloat11Unit:
         raw = np.empty(n, np.uint16)

@@ -14,6 +14,7 @@ from experiments.figures.style import BLUE, GREY, ORANGE, load, one, published
 
 def draw(results: Path) -> Figure:
     rows = one(load(results, "compression_ratio"), scope="model", codec="dfloat11")
+    rows = rows[rows["metric"].isin(["original_bytes", "ratio_percent", "bits_per_weight"])]
     wide = rows.pivot(index=["model", "weights"], columns="metric", values="value").reset_index()
     synthetic = wide["weights"].str.startswith("synthetic")
     paper = published(results, "compression").query("version == 'v3'")
@@ -47,11 +48,13 @@ def draw(results: Path) -> Figure:
 
 
 def bars(axis: Axes, data: pd.DataFrame, title: str, colour: str) -> None:
-    labels = [f"{model} ({weights})" if weights else model for model, weights in zip(data["model"], data["weights"], strict=True)]
+    # A synthetic model's name says so already.
+    shown = [w if w and not m.endswith("_synthetic") else "" for m, w in zip(data["model"], data["weights"], strict=True)]
+    labels = [f"{model} ({weights})" if weights else model for model, weights in zip(data["model"], shown, strict=True)]
     axis.barh(labels, data["ratio_percent"], color=colour, height=0.7)
     for y, (ratio, bits) in enumerate(zip(data["ratio_percent"], data["bits_per_weight"], strict=True)):
         axis.text(ratio + 0.6, y, f"{ratio:.2f} %, {bits:.2f} bits a weight", va="center", fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(data) - 0.5, -0.5)
     axis.set_xlim(0, 100)
     axis.set_title(title)
     axis.tick_params(axis="y", length=0, labelsize=7)

@@ -15,7 +15,7 @@ def draw(results: Path) -> Figure:
     median = rows.groupby(["model", "kernel", "threads"], sort=False)["value"].median()
     figure, axis = plt.subplots(figsize=(6.4, 0.3 * len(median) + 1.1))
     labels = [
-        f"{model}: {'released encoder' if kernel == 'released' else f'this project ({kernel})'}, {threads} thread(s)"
+        f"{model}: {'released encoder' if kernel == 'released' else f'this project ({kernel})'}, {threads} {'thread' if threads == 1 else 'threads'}"
         for model, kernel, threads in median.index
     ]
     colours = [GREY if kernel == "released" else BLUE for _, kernel, _ in median.index]
@@ -23,10 +23,11 @@ def draw(results: Path) -> Figure:
     for y, value in enumerate(median):
         axis.text(value * 1.1, y, f"{value:,.0f}" if value >= 10 else f"{value:.1f}", va="center", fontsize=7)
     axis.set_xscale("log")
-    axis.set_xlim(right=median.max() * 3)
+    axis.set_xlim(1, median.max() * 3)
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0, labelsize=7)
-    axis.set_xlabel("MB of BF16 encoded a second")
-    paper = published(results, "compression_time").query("model == 'Llama 3.1 8B Instruct'")["seconds_per_block_one_thread"].iloc[0]
-    axis.set_title(f"Encoders, one transformer block (published, one thread, Llama 3.1 8B: {paper} s, about 2.3 MB/s)", fontsize=8)
+    paper = published(results, "compression_time").set_index("model")["seconds_per_block_one_thread"]["Llama 3.1 8B Instruct"]
+    note = f"published: {paper} s for a block of Llama 3.1 8B on one thread, about 2.3 MB/s"
+    axis.set_xlabel(f"MB of BF16 encoded a second\n({note})")
+    axis.set_title("Encoding one transformer block")
     return figure
