@@ -19,21 +19,19 @@ def draw(results: Path) -> Figure:
     figure, axes = plt.subplots(len(groups), 2, figsize=(7.2, 2.5 * len(groups)), squeeze=False)
     for (left, right), group in zip(axes, groups, strict=True):
         kind = "synthetic" if is_synthetic(group).all() else "trained"
-        models = list(dict.fromkeys(group["model"]))
-        colours = [plt.get_cmap("cividis")(v) for v in np.linspace(0, 0.85, len(models))]
-        if len(models) == 1:
+        sets = group.groupby(["model", "weights"], sort=False)
+        colours = [plt.get_cmap("cividis")(v) for v in np.linspace(0, 0.85, len(sets))]
+        if len(sets) == 1:
             colours = [BLUE if kind == "trained" else ORANGE]
-        entropies = group[group["metric"] == "entropy_bits"]
-        for i, (model, colour) in enumerate(zip(models, colours, strict=True)):
-            own = entropies[entropies["model"] == model].set_index("field")["value"]
-            at = np.arange(3) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
-            left.bar(at, [own[name] for name in WIDTHS], 0.8 / len(models), color=colour, label=model)
-            if len(models) == 1:
-                for x, name in zip(at, WIDTHS, strict=True):
-                    left.text(x, own[name] + 0.15, f"{own[name]:.2f}", ha="center", fontsize=7)
-            ranks = group[(group["model"] == model) & (group["metric"] == "relative_frequency")]
-            ranks = ranks.astype({"rank": int}).sort_values("rank")
-            right.semilogy(ranks["rank"], ranks["value"], ".-", color=colour, linewidth=0.8, markersize=3, label=model)
+        for i, (((model, weights), own), colour) in enumerate(zip(sets, colours, strict=True)):
+            entropy = own[own["metric"] == "entropy_bits"].set_index("field")["value"]
+            at = np.arange(3) + (i - (len(sets) - 1) / 2) * 0.8 / len(sets)
+            left.bar(at, [entropy[name] for name in WIDTHS], 0.8 / len(sets), color=colour)
+            for x, name in zip(at, WIDTHS, strict=True):
+                left.text(x, entropy[name] + 0.15, f"{entropy[name]:.2f}", ha="center", fontsize=7)
+            ranks = own[own["metric"] == "relative_frequency"].astype({"rank": int}).sort_values("rank")
+            label = f"{model} ({weights})"
+            right.semilogy(ranks["rank"], ranks["value"], ".-", color=colour, linewidth=0.8, markersize=3, label=label)
         left.bar(range(3), list(WIDTHS.values()), 0.9, fill=False, edgecolor=GREY, linestyle=":", label="stored in BF16")
         left.set_xticks(range(3), list(WIDTHS))
         left.set(ylabel="bits a weight", title=f"Entropy, {kind} weights")
