@@ -5,7 +5,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 NEEDED_GB := 5
 
-.PHONY: help run test lint figures clean
+KERNELS := $(basename $(notdir $(wildcard kernels/*.cu)))
+ARCHS := sm_80 sm_90
+
+.PHONY: help run test lint figures kernels gpu-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,6 +26,17 @@ lint: .venv/installed  ## ruff and mypy
 
 figures: .venv/installed  ## redraw every figure from results/
 	$(PY) -m experiments.figures
+
+kernels:  ## compile every kernel (needs nvcc, no GPU)
+	@for arch in $(ARCHS); do for name in $(KERNELS); do echo "$$name $$arch"; \
+	  nvcc -O3 -std=c++17 -Werror all-warnings -arch=$$arch -cubin -o /dev/null kernels/$$name.cu || exit 1; done; done
+
+gpu-test:  ## the tests that need a GPU, then compute-sanitizer (in an environment that has torch with CUDA and pycuda)
+	$(PYTHON) -m pytest tests/test_gpu.py -m gpu
+	@dir=$$(mktemp -d) && nvcc -O3 -std=c++17 -lineinfo -arch=native -o $$dir/bench kernels/bench.cu && \
+	  for tool in memcheck racecheck; do echo "compute-sanitizer $$tool"; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $$dir/bench --check > $$dir/log || { cat $$dir/log; exit 1; }; \
+	    tail -1 $$dir/log; done
 
 clean:  ## remove the virtual environment and unpromoted runs
 	rm -rf .venv results/runs

@@ -1,6 +1,6 @@
-"""The encoder of the released package `dfloat11`, where it is installed: judge of compatibility and baseline of Table 5.
+"""Encoder and GPU decoder of the released package `dfloat11`, where it is installed: judge of compatibility, baseline of speed.
 
-The package itself cannot be imported without a GPU and CuPy, so its encoder module is loaded by its path.
+The package itself cannot be imported without a GPU and CuPy, so its encoder module and its PTX are loaded by their paths.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 
-from df11.formats.dfloat11 import BLOCK_CHUNKS, CHUNK_BYTES, DFloat11Unit
+from df11.formats.dfloat11 import BLOCK_BYTES, BLOCK_CHUNKS, CHUNK_BYTES, DFloat11Unit
+from df11.gpu import device
 from df11.huffman import Code
+from df11.ops import CompressedUnit
 
 VERSION = "0.5.0"
 
@@ -25,12 +27,15 @@ def is_installed() -> bool:
     return importlib.util.find_spec("dfloat11") is not None
 
 
-def _encoder() -> ModuleType:
+def _folder() -> Path:
     package = importlib.util.find_spec("dfloat11")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError(f"the released package is not installed: pip install dfloat11=={VERSION}")
-    path = Path(package.submodule_search_locations[0]) / "dfloat11_utils.py"
-    spec = importlib.util.spec_from_file_location("dfloat11_utils", path)
+    return Path(package.submodule_search_locations[0])
+
+
+def _encoder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dfloat11_utils", _folder() / "dfloat11_utils.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,3 +66,17 @@ def encode(tensors: Sequence[torch.Tensor]) -> tuple[DFloat11Unit, Code]:
         else:
             padding = (length, word)
     return unit, Code(lengths, codes, padding)
+
+
+def decoder(unit: CompressedUnit, out: torch.Tensor) -> Callable[[], None]:
+    """A launch of the released kernel that decodes a unit on a GPU into `out`, bf16, on torch's current stream."""
+    assert unit.raw is None and out.is_cuda
+    gpu = device(out.device.index)
+    most = int(unit.output_positions.diff().max())
+    shared = 4 * BLOCK_CHUNKS + 4 + 2 * most  # as the package computes it
+    kernel = gpu.foreign_kernel(_folder() / "decode.ptx", "decode", "PPPPPPiii", BLOCK_CHUNKS, shared)
+    gaps = torch.cat([unit.gaps, unit.gaps.new_zeros(1)])  # it reads one byte past the end
+    arrays = (unit.luts, unit.encoded_exponent, unit.sign_mantissa, unit.output_positions, gaps, out)
+    size = unit.encoded_exponent.numel()
+    blocks = -(-size // BLOCK_BYTES)
+    return lambda: gpu.launch(kernel, blocks, *(a.data_ptr() for a in arrays), unit.luts.shape[0], size, out.numel())

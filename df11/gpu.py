@@ -1,0 +1,338 @@
+"""The CUDA kernels of kernels/, through PyCUDA: built once, cached by content, launched on torch's current stream.
+
+PyCUDA is imported, and a device set up, at the first launch on it. The context is torch's own (the primary one), so tensors of
+torch are passed by their addresses. A launch allocates nothing on the device and does not wait for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from df11.formats.dfloat11 import BLOCK_BYTES, BLOCK_CHUNKS
+from df11.formats.luts import FIRST_POINTER, MAX_TABLES, build_luts, choose_code
+from df11.sources.cache import default_cache
+
+SOURCES = Path(__file__).resolve().parents[1] / "kernels"
+FLAGS = ("-O3", "-std=c++17", "-cubin")
+DECODERS = ("fast", "paper")
+GAP_BYTES = BLOCK_CHUNKS * 5 // 8  # a block
+TABLE_WORDS = 2 * ((1 << 11) + 1)  # int32 of decode_fast's table, see kernels/decode_fast.cu
+RULES = {  # dtype and alignment of what a decoder takes
+    "encoded_exponent": (torch.uint8, 16),
+    "sign_mantissa": (torch.uint8, 8),
+    "luts": (torch.uint8, 1),
+    "gaps": (torch.uint8, 1),
+    "output_positions": (torch.int32, 4),
+    "table": (torch.int32, 16),
+    "out": (torch.bfloat16, 16),
+}
+ENCODE_TILE = 4096  # weights a thread block of kernels/encode.cu
+ENCODE_THREADS = 256
+
+
+class GpuError(RuntimeError):
+    """A kernel that cannot be built or launched. The message says what to install or to change."""
+
+
+def _driver() -> ModuleType:
+    try:
+        import pycuda.driver as driver
+    except ModuleNotFoundError as missing:
+        raise GpuError("the GPU kernels need PyCUDA: pip install 'df11[gpu]', or conda install -c conda-forge pycuda") from missing
+    return driver  # type: ignore[no-any-return]
+
+
+def find_nvcc() -> Path:
+    """The CUDA compiler: $CUDA_HOME, $CUDA_PATH, the search path, /usr/local/cuda."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (nvcc := Path(home) / "bin" / "nvcc").is_file():
+            return nvcc
+    if on_path := shutil.which("nvcc"):
+        return Path(on_path)
+    raise GpuError(
+        "nvcc was not found: install the CUDA toolkit (conda install -c nvidia cuda-nvcc cuda-cudart-dev), or set CUDA_HOME to it"
+    )
+
+
+def build(source: str, arch: str) -> Path:
+    """kernels/<source>.cu as a cubin for `arch` (sm_90), from the cache or by nvcc. The cache is keyed by sources and flags."""
+    if not SOURCES.is_dir():
+        raise GpuError(f"{SOURCES} is missing: install df11 from its repository with pip install -e .")
+    digest = hashlib.sha256(" ".join((*FLAGS, arch)).encode())
+    for path in (*sorted(SOURCES.glob("*.cuh")), SOURCES / f"{source}.cu"):
+        digest.update(path.read_bytes())
+    cubin = default_cache() / "kernels" / f"{source}-{arch}-{digest.hexdigest()[:16]}.cubin"
+    if cubin.exists():
+        return cubin
+    nvcc = find_nvcc()
+    cubin.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cubin.parent) as scratch:
+        made = Path(scratch) / "made.cubin"
+        command = [str(nvcc), *FLAGS, f"-arch={arch}", "-o", str(made), str(SOURCES / f"{source}.cu")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise GpuError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+        made.replace(cubin)
+    return cubin
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded function. `shared`: bytes of dynamic shared memory."""
+
+    function: Any
+    block: tuple[int, int, int]
+    shared: int = 0
+    blocks_per_sm: int = 0
+
+
+class Device:
+    """One GPU: torch's primary context, the kernels loaded into it, and a stream to launch from for each foreign stream."""
+
+    def __init__(self, index: int) -> None:
+        self._driver = _driver()
+        torch.cuda.init()
+        self._driver.init()
+        torch.zeros(1, device=f"cuda:{index}")  # makes torch set up the context that is retained here
+        self.index = index
+        self.context = self._driver.Device(index).retain_primary_context()
+        properties = torch.cuda.get_device_properties(index)
+        self.arch = f"sm_{properties.major}{properties.minor}"
+        self.processors = properties.multi_processor_count
+        self._modules: dict[str, Any] = {}
+        self._kernels: dict[str, Kernel] = {}
+        self._streams: dict[int, tuple[Any, torch.cuda.Stream]] = {}
+
+    def kernel(self, source: str, name: str, arguments: str, threads: int = 0) -> Kernel:
+        """A function of kernels/<source>.cu. `arguments` in struct's letters. Threads and shared memory: as its file says, or
+        `threads` and none."""
+        if name not in self._kernels:
+            self.context.push()
+            try:
+                if source not in self._modules:
+                    self._modules[source] = self._driver.module_from_file(str(build(source, self.arch)))
+                module = self._modules[source]
+                function = module.get_function(name)
+                shape = np.array([threads, 0, 0], np.int32)
+                if not threads:
+                    pointer, _ = module.get_global(f"{name}_launch")
+                    self._driver.memcpy_dtoh(shape, pointer)
+                    function.set_attribute(self._driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, int(shape[1]))
+                function.prepare(arguments)
+                self._kernels[name] = Kernel(function, (int(shape[0]), 1, 1), int(shape[1]), int(shape[2]))
+            finally:
+                self.context.pop()
+        return self._kernels[name]
+
+    def foreign_kernel(self, path: Path, name: str, arguments: str, threads: int, shared: int) -> Kernel:
+        """A function of somebody else's cubin or PTX."""
+        self.context.push()
+        try:
+            self._modules[str(path)] = module = self._driver.module_from_file(str(path))
+            function = module.get_function(name)
+            function.prepare(arguments)
+            return Kernel(function, (threads, 1, 1), shared)
+        finally:
+            self.context.pop()
+
+    def launch(self, kernel: Kernel, blocks: int, *arguments: int) -> None:
+        """Launch on torch's current stream of this device.
+
+        PyCUDA cannot take a foreign stream, only the default one: any other is forked to a stream of PyCUDA's and joined again,
+        which a graph capture follows.
+        """
+        current = torch.cuda.current_stream(self.index)
+        self.context.push()
+        try:
+            if current.cuda_stream == 0:
+                kernel.function.prepared_async_call((blocks, 1), kernel.block, None, *arguments, shared_size=kernel.shared)
+                return
+            if current.cuda_stream not in self._streams:
+                own = self._driver.Stream(flags=self._driver.stream_flags.NON_BLOCKING)
+                self._streams[current.cuda_stream] = own, torch.cuda.ExternalStream(own.handle, device=self.index)
+            own, wrapped = self._streams[current.cuda_stream]
+            wrapped.wait_stream(current)
+            kernel.function.prepared_async_call((blocks, 1), kernel.block, own, *arguments, shared_size=kernel.shared)
+            current.wait_stream(wrapped)
+        finally:
+            self.context.pop()
+
+    def close(self) -> None:
+        """Unload, with the context current, and release it."""
+        self.context.push()
+        self._kernels.clear()
+        self._modules.clear()
+        self._streams.clear()
+        self.context.pop()
+        self.context.detach()
+
+
+_devices: dict[int, Device] = {}
+
+
+def device(index: int) -> Device:
+    """The GPU, set up at its first use, released when the process ends."""
+    if index not in _devices:
+        if not _devices:
+            atexit.register(_close)
+        _devices[index] = Device(index)
+    return _devices[index]
+
+
+def _close() -> None:
+    while _devices:
+        _devices.popitem()[1].close()
+
+
+def is_available() -> bool:
+    """Whether kernels can be launched here: a GPU, PyCUDA and nvcc."""
+    if not torch.cuda.is_available() or find_spec("pycuda") is None:
+        return False
+    try:
+        find_nvcc()
+    except GpuError:
+        return False
+    return True
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(rule)
+
+
+def _check(tensors: dict[str, torch.Tensor], index: int) -> None:
+    """Raise ValueError where dtypes, places or sizes do not fit, and say which."""
+    for name, tensor in tensors.items():
+        dtype, alignment = RULES[name]
+        # A message is made only where it is needed: this runs at every call.
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: dtype {tensor.dtype}, needed {dtype}")
+        if tensor.get_device() != index:
+            raise ValueError(f"{name} is on {tensor.device}, out on cuda:{index}: all must be on one GPU")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+        if tensor.data_ptr() % alignment:
+            raise ValueError(f"{name} must start at a multiple of {alignment} bytes")
+    n, luts = tensors["out"].numel(), tensors["luts"]
+    blocks = -(-tensors["encoded_exponent"].numel() // BLOCK_BYTES)
+    if n >= 1 << 32:
+        raise ValueError(f"{n} weights in one unit: the published layout holds fewer than 2^32; split the unit")
+    if luts.dim() != 2 or luts.shape[1] != 256 or not 2 <= luts.shape[0] <= MAX_TABLES + 1:
+        raise ValueError(f"luts: shape {tuple(luts.shape)}, needed [tables + 1, 256] with 1 to {MAX_TABLES} tables")
+    sizes = {"sign_mantissa": n, "gaps": blocks * GAP_BYTES, "output_positions": blocks + 1, "table": TABLE_WORDS}
+    for name, needed in sizes.items():
+        if tensors[name].numel() != needed:
+            raise ValueError(f"{name}: {tensors[name].numel()} entries where {needed} are needed")
+
+
+def decompress(
+    encoded_exponent: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    luts: torch.Tensor,
+    gaps: torch.Tensor,
+    output_positions: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor,
+    kernel: str = "fast",
+) -> None:
+    """Decode one unit of the published layout into `out`, asynchronously.
+
+    uint8[bytes], uint8[n], uint8[tables + 1, 256], uint8[320 blocks], int32[blocks + 1] (the bits of uint32), int32[TABLE_WORDS]
+    from `build_table`, bf16 of n elements, all contiguous and on one GPU; encoded_exponent and out start at multiples of 16 bytes,
+    sign_mantissa of 8. The arrays are trusted to fit each other (`DFloat11.check`): unsound ones give wrong weights, but nothing
+    is read or written outside of them.
+    """
+    index = out.get_device()
+    if index < 0:
+        raise ValueError(f"out is on {out.device}: a CUDA tensor is needed")
+    if kernel not in DECODERS:
+        raise ValueError(f"no kernel {kernel!r}: there are {', '.join(DECODERS)}")
+    names = ("luts", "encoded_exponent", "sign_mantissa", "gaps", "output_positions", "out", "table")
+    given = (luts, encoded_exponent, sign_mantissa, gaps, output_positions, out, table)
+    _check(dict(zip(names, given, strict=True)), index)
+    n, size = out.numel(), encoded_exponent.numel()
+    blocks = -(-size // BLOCK_BYTES)
+    if n == 0 or blocks == 0:
+        return
+    gpu = device(index)
+    loaded = gpu.kernel(f"decode_{kernel}", f"decode_{kernel}", "PPPPPPqqi" + ("P" if kernel == "fast" else ""))
+    grid = min(blocks, gpu.processors * loaded.blocks_per_sm) if loaded.blocks_per_sm else blocks
+    addresses = [tensor.data_ptr() for tensor in given]
+    gpu.launch(loaded, grid, *addresses[:6], size, n, luts.shape[0] - 1, *(addresses[6:] if kernel == "fast" else ()))
+
+
+def build_table(luts: torch.Tensor) -> torch.Tensor:
+    """The workspace of the `fast` kernel for these luts, int32[TABLE_WORDS], made once when a unit is loaded."""
+    table = torch.empty(TABLE_WORDS, dtype=torch.int32, device=luts.device)
+    gpu = device(luts.device.index)
+    gpu.launch(
+        gpu.kernel("decode_fast", "build_table", "PiP", threads=256), 8, luts.data_ptr(), luts.shape[0] - 1, table.data_ptr()
+    )
+    return table
+
+
+def encode(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Compress a contiguous bf16 CUDA tensor as one unit, byte for byte as `DFloat11.encode` does.
+
+    Returns the layout's arrays by name (uint8, and int32 with the bits of uint32 for output_positions), or {"raw": weights} where
+    an exponent is 240 or more. One host synchronisation, for the histogram. Memory beside the result: some 0.4 % of the input.
+    """
+    _require(weights.is_cuda, f"weights are on {weights.device}: a CUDA tensor is needed")
+    _require(weights.dtype == torch.bfloat16, f"weights: dtype {weights.dtype}, needed torch.bfloat16")
+    _require(weights.is_contiguous(), "weights must be contiguous")
+    n = weights.numel()
+    _require(0 < n < 1 << 32, f"{n} weights: 1 to 2^32 - 1 fit one unit")
+
+    def empty(size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=weights.device)
+
+    def zeros(size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=weights.device)
+
+    gpu = device(weights.device.index)
+
+    def run(name: str, arguments: str, blocks: int, *values: int, threads: int = ENCODE_THREADS) -> None:
+        gpu.launch(gpu.kernel("encode", name, arguments, threads), blocks, *values)
+
+    counts, sign_mantissa = zeros(256, torch.int64), empty(n)
+    run("histogram_split", "PqPP", 4 * gpu.processors, weights.data_ptr(), n, counts.data_ptr(), sign_mantissa.data_ptr())
+    histogram = counts.cpu().numpy()
+    if histogram[FIRST_POINTER:].any():
+        return {"raw": weights.reshape(-1)}
+    code = choose_code(histogram)
+    bits = code.bits(histogram)
+    size = -(-bits // 8)
+    blocks = -(-size // BLOCK_BYTES)
+    chunks = blocks * BLOCK_CHUNKS
+    tiles = -(-n // ENCODE_TILE)
+    lengths = torch.from_numpy(code.lengths.astype(np.uint8)).to(weights.device)
+    codes = torch.from_numpy(code.codes.astype(np.uint32).view(np.int32)).to(weights.device)
+    tile_at, stream = empty(tiles, torch.int64), zeros(-(-size // 4), torch.int32)
+    gaps, packed, positions = zeros(chunks + 1), empty(chunks * 5 // 8), zeros(blocks + 1, torch.int32)
+    source = (weights.data_ptr(), n, lengths.data_ptr())
+    run("tile_bits", "PqPP", tiles, *source, tile_at.data_ptr())
+    run("scan", "Pq", 1, tile_at.data_ptr(), tiles, threads=1024)
+    outputs = (tile_at.data_ptr(), stream.data_ptr(), gaps.data_ptr(), positions.data_ptr())
+    run("encode_tiles", "PqPPPPPP", tiles, *source, codes.data_ptr(), *outputs)
+    run("finish", "PPPqqiI", 1, *outputs[1:], n, bits, *code.padding, threads=1)
+    run("pack_gaps", "PqP", -(-chunks // 8 // 256), gaps.data_ptr(), chunks // 8, packed.data_ptr(), threads=256)
+    return {
+        "encoded_exponent": stream.view(torch.uint8)[:size],
+        "sign_mantissa": sign_mantissa,
+        "luts": torch.from_numpy(build_luts(code)).to(weights.device),
+        "gaps": packed,
+        "output_positions": positions,
+    }

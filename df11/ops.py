@@ -1,0 +1,156 @@
+"""torch operators over compressed units, and the unit as tensors on one device.
+
+    torch.ops.df11.decompress(encoded_exponent, sign_mantissa, luts, gaps, output_positions, table, out, kernel="fast")
+
+writes the bf16 weights of a unit of the published layout to `out`; on a GPU by the kernels (df11/gpu.py, where dtypes, shapes and
+alignments stand), on the CPU by the format's decoder, which needs no table. Nothing is allocated on the device: `out` and the
+table come from the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from df11 import bits, gpu
+from df11.formats.dfloat11 import DFloat11, DFloat11Unit, raw_unit
+
+torch.library.define(
+    "df11::decompress",
+    "(Tensor encoded_exponent, Tensor sign_mantissa, Tensor luts, Tensor gaps, Tensor output_positions, Tensor table,"
+    ' Tensor(a!) out, str kernel="fast") -> ()',
+)
+torch.library.impl("df11::decompress", "CUDA")(gpu.decompress)
+
+
+@torch.library.register_fake("df11::decompress")
+def _decompress_fake(
+    encoded_exponent: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    luts: torch.Tensor,
+    gaps: torch.Tensor,
+    output_positions: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor,
+    kernel: str = "fast",
+) -> None:
+    return None
+
+
+@torch.library.impl("df11::decompress", "CPU")
+def _decompress_cpu(
+    encoded_exponent: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    luts: torch.Tensor,
+    gaps: torch.Tensor,
+    output_positions: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor,
+    kernel: str = "fast",
+) -> None:
+    if out.dtype != torch.bfloat16 or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous bfloat16, it is {out.dtype} with strides {out.stride()}")
+    unit = DFloat11Unit(
+        shapes=(tuple(out.shape),),
+        encoded_exponent=encoded_exponent.numpy(),
+        sign_mantissa=sign_mantissa.numpy(),
+        luts=luts.numpy(),
+        gaps=gaps.numpy(),
+        output_positions=output_positions.numpy().view("uint32"),
+    )
+    flat, at = out.view(-1), 0
+    for piece in DFloat11().stream(unit):
+        flat[at : at + piece.numel()] = piece
+        at += piece.numel()
+
+
+@dataclass(frozen=True)
+class CompressedUnit:
+    """A unit of the published layout as tensors on one device, ready to decompress. Raw units have `raw` and nothing else."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    encoded_exponent: torch.Tensor
+    sign_mantissa: torch.Tensor
+    luts: torch.Tensor
+    gaps: torch.Tensor
+    output_positions: torch.Tensor  # int32, the bits of uint32
+    table: torch.Tensor  # of gpu.build_table; empty on the CPU
+    raw: torch.Tensor | None = None  # bf16[n]
+    checksum: str = ""
+
+    @classmethod
+    def make(
+        cls, shapes: tuple[tuple[int, ...], ...], arrays: dict[str, torch.Tensor], device: torch.device | str, checksum: str = ""
+    ) -> CompressedUnit:
+        """From the layout's arrays by name, moved to the device."""
+        empty = torch.empty(0, dtype=torch.uint8, device=device)
+        if "raw" in arrays:
+            raw = arrays["raw"].to(device)
+            return cls(shapes, empty, empty, empty, empty, empty.int(), empty.int(), raw, checksum)
+        luts = arrays["luts"].to(device)
+        return cls(
+            shapes,
+            arrays["encoded_exponent"].to(device),
+            arrays["sign_mantissa"].to(device),
+            luts,
+            arrays["gaps"].to(device),
+            arrays["output_positions"].to(device),
+            gpu.build_table(luts) if luts.is_cuda else empty.int(),
+            checksum=checksum,
+        )
+
+    @classmethod
+    def from_unit(cls, unit: DFloat11Unit, device: torch.device | str) -> CompressedUnit:
+        """A checked unit, moved to a device. Raises FormatError, or ValueError where it holds 2^32 weights or more."""
+        DFloat11(threads=1).check(unit)
+        if unit.raw is not None:
+            return cls.make(unit.shapes, {"raw": bits.from_bits(unit.raw, (unit.raw.size,))}, device, unit.checksum)
+        if unit.output_positions.dtype != "uint32":
+            raise ValueError(f"{unit.numel} weights in one unit: the operators take fewer than 2^32; split the unit")
+        arrays = {name: torch.from_numpy(array) for name, array in unit.arrays.items() if name != "output_positions"}
+        arrays["output_positions"] = torch.from_numpy(unit.output_positions.view("int32"))
+        return cls.make(unit.shapes, arrays, device, unit.checksum)
+
+    def to_unit(self) -> DFloat11Unit:
+        """The unit in host memory."""
+        if self.raw is not None:
+            return raw_unit(self.shapes, bits.to_bits(self.raw.cpu()), self.checksum)
+        return DFloat11Unit(
+            self.shapes,
+            encoded_exponent=self.encoded_exponent.cpu().numpy(),
+            sign_mantissa=self.sign_mantissa.cpu().numpy(),
+            luts=self.luts.cpu().numpy(),
+            gaps=self.gaps.cpu().numpy(),
+            output_positions=self.output_positions.cpu().numpy().view("uint32"),
+            checksum=self.checksum,
+        )
+
+    @property
+    def numel(self) -> int:
+        return sum(torch.Size(s).numel() for s in self.shapes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device that storing the unit takes: the table, which `fast` needs, included."""
+        arrays = (self.encoded_exponent, self.sign_mantissa, self.luts, self.gaps, self.output_positions, self.table)
+        return sum(t.nbytes for t in arrays) + (self.raw.nbytes if self.raw is not None else 0)
+
+    def decompress(self, out: torch.Tensor, kernel: str = "fast") -> torch.Tensor:
+        """All weights into `out`, bf16[numel], on torch's current stream; nothing is allocated. Returns `out`."""
+        if self.raw is not None:
+            return out.copy_(self.raw.view(out.shape))
+        torch.ops.df11.decompress(
+            self.encoded_exponent, self.sign_mantissa, self.luts, self.gaps, self.output_positions, self.table, out, kernel
+        )
+        return out
+
+
+def encode(tensors: list[torch.Tensor]) -> CompressedUnit:
+    """Compress bf16 tensors of one device as one unit, where they are; byte for byte the same on CPU and GPU."""
+    shapes = tuple(tuple(t.shape) for t in tensors)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if device.type != "cuda" or not sum(t.numel() for t in tensors):
+        return CompressedUnit.from_unit(DFloat11().encode_tensors([t.cpu() for t in tensors]), device)
+    flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
+    return CompressedUnit.make(shapes, gpu.encode(flat), device)
