@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "compression_ratio": "experiments.compression_ratio",
     "exponent_entropy": "experiments.exponent_entropy",
     "compression_time": "experiments.compression_time",
+    "decompression": "experiments.decompression",
 }
 
 

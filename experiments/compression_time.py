@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
+import torch
 
-from df11 import released
+from df11 import ops, released
 from df11.formats import chunks_of, get_format
 from df11.sources import open_source, split_units
 from experiments import needs
@@ -39,6 +40,18 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
         if key not in done:
             seconds = timing.wall_clock(encode(threads), cfg.bench.warmup, cfg.bench.repeats)
             yield Point(key, [identity | {"kernel": "cpu", "threads": threads} | r for r in rows(seconds, size)], source.provenance)
+    if cfg.device.name == "cuda" and "gpu" not in done:
+        on_gpu = [tensor.cuda() for tensor in tensors]
+        expected, made = encode(0)(), ops.encode(on_gpu).to_unit()
+        if any((array != made.arrays[name]).any() for name, array in expected.arrays.items()):
+            raise ValueError(f"{block.name}: the GPU encoder's bytes are not the CPU encoder's")
+
+        def encode_on_gpu() -> None:
+            ops.encode(on_gpu)
+            torch.cuda.synchronize()
+
+        seconds = timing.wall_clock(encode_on_gpu, cfg.bench.warmup, cfg.bench.repeats)
+        yield Point("gpu", [identity | {"kernel": "gpu"} | r for r in rows(seconds, size)], source.provenance)
     # Pure Python, minutes for a large block: timed once, and its result is the same each time.
     if "released" not in done and released.is_installed():
         seconds = timing.wall_clock(lambda: released.encode(tensors), warmup=0, repeats=1)

@@ -24,6 +24,7 @@ class BenchConfig:
     warmup: int = 1
     repeats: int = 5
     threads: list[int] = field(default_factory=lambda: [1])
+    shapes: list[list[int]] = field(default_factory=list)  # rows, columns of weight matrices [out, in]
 
 
 @dataclass

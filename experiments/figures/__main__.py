@@ -7,12 +7,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from experiments.figures import compression_ratio, compression_time, exponent_entropy, style
+from experiments.figures import compression_ratio, compression_time, decompression, exponent_entropy, style
 
 FIGURES = {
     "compression_ratio": compression_ratio.draw,
     "exponent_entropy": exponent_entropy.draw,
     "compression_time": compression_time.draw,
+    "decompression": decompression.draw,
 }
 
 

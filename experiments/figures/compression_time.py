@@ -11,15 +11,16 @@ from experiments.figures.style import BLUE, GREY, load, published
 
 
 def draw(results: Path) -> Figure:
-    rows = load(results, "compression_time").query("metric == 'mb_per_s_bf16'")
-    median = rows.groupby(["model", "kernel", "threads"], sort=False)["value"].median()
+    # Of a run with a GPU only the GPU's encoder is shown: its host is another machine.
+    rows = load(results, "compression_time").query("metric == 'mb_per_s_bf16' and (gpu == '-' or kernel == 'gpu')")
+    median = rows.groupby(["model", "kernel", "threads", "gpu"])["value"].median().sort_index(level=["model", "kernel"])
     figure, axis = plt.subplots(figsize=(6.4, 0.3 * len(median) + 1.1))
-    encoder = {"released": "released encoder", "cpu": "this project"}
-    labels = [
-        f"{model}: {encoder[kernel]}, {threads} {'thread' if threads == 1 else 'threads'}"
-        for model, kernel, threads in median.index
-    ]
-    colours = [GREY if kernel == "released" else BLUE for _, kernel, _ in median.index]
+    labels = []
+    for model, kernel, threads, gpu in median.index:
+        encoder = "released encoder" if kernel == "released" else "this project"
+        where = gpu if kernel == "gpu" else f"{threads} {'thread' if int(threads) == 1 else 'threads'}"
+        labels.append(f"{model}: {encoder}, {where}")
+    colours = [GREY if kernel == "released" else BLUE for kernel in median.index.get_level_values("kernel")]
     axis.barh(labels, median, color=colours, height=0.7)
     for y, value in enumerate(median):
         axis.text(value * 1.1, y, f"{value:,.0f}" if value >= 10 else f"{value:.1f}", va="center", fontsize=7)

@@ -90,7 +90,10 @@ def run(config: Any, schema: type, experiments: Mapping[str, str], group: str = 
     if cfg.preflight:
         good = preflight.check(module.preflight(cfg), results, cfg.device.name)
         return Outcome(cfg.experiment, cfg.model.name, "checked" if good else "failed", detail="" if good else "not enough")
-    gpu, gpus = provenance.gpu_name(cfg.device.name)
+    try:
+        gpu, gpus = provenance.gpu_name(cfg.device.name)
+    except provenance.ProvenanceError as error:
+        raise UsageError(str(error)) from error
     fixed = {
         "experiment": cfg.experiment,
         "run_id": run_id(cfg, module, gpu),

@@ -1,13 +1,15 @@
-"""Wall-clock timing of work on the CPU."""
+"""Timing: wall clock for work on the CPU, events for work on a GPU. Raw samples: what to make of them is for the reader."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+FLUSH_BYTES = 512 << 20  # more than eight times the L2 cache of an H200: 0.2 ms, in which the host enqueues what is timed
 
 
 def wall_clock(work: Callable[[], object], warmup: int, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls after `warmup` uncounted ones. Raw samples: what to make of them is for the reader."""
+    """Seconds of each of `repeats` calls after `warmup` uncounted ones."""
     for _ in range(warmup):
         work()
     seconds = []
@@ -16,3 +18,26 @@ def wall_clock(work: Callable[[], object], warmup: int, repeats: int) -> list[fl
         work()
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def cuda_events(works: Mapping[str, Callable[[], object]], warmup: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds on torch's current stream of each of `repeats` calls of each work, taken in turns (A B A B).
+
+    Before each call FLUSH_BYTES are overwritten, which empties the L2 cache and keeps the GPU busy while the host enqueues the
+    call, so that launch latency is not counted.
+    """
+    import torch
+
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in works}
+    for turn in range(-warmup, repeats):
+        for name, work in works.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.fill_(turn & 127)
+            start.record()
+            work()
+            stop.record()
+            if turn >= 0:
+                events[name].append((start, stop))
+        torch.cuda.synchronize()
+    return {name: [start.elapsed_time(stop) * 1e-3 for start, stop in pairs] for name, pairs in events.items()}
