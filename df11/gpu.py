@@ -28,6 +28,7 @@ from df11.sources.cache import default_cache
 SOURCES = Path(__file__).resolve().parents[1] / "kernels"
 FLAGS = ("-O3", "-std=c++17", "-cubin")
 DECODERS = ("fast", "paper")
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA does not name: the stream does not wait for the default one
 GAP_BYTES = BLOCK_CHUNKS * 5 // 8  # a block
 TABLE_WORDS = 2 * ((1 << 11) + 1)  # int32 of decode_fast's table, see kernels/decode_fast.cu
 RULES = {  # dtype and alignment of what a decoder takes
@@ -161,7 +162,7 @@ class Device:
                 kernel.function.prepared_async_call((blocks, 1), kernel.block, None, *arguments, shared_size=kernel.shared)
                 return
             if current.cuda_stream not in self._streams:
-                own = self._driver.Stream(flags=self._driver.stream_flags.NON_BLOCKING)
+                own = self._driver.Stream(NON_BLOCKING)
                 self._streams[current.cuda_stream] = own, torch.cuda.ExternalStream(own.handle, device=self.index)
             own, wrapped = self._streams[current.cuda_stream]
             wrapped.wait_stream(current)

@@ -31,6 +31,7 @@ struct FastShared {
   uint32_t words[kWords][kFastThreads];
   alignas(16) uint8_t stage[kStage + 8];
   int32_t warps[kFastThreads / 32];
+  uint8_t luts[18 * 256];
 };
 
 // What a thread reads of a block of the stream, as it lies in memory.
@@ -40,10 +41,16 @@ struct Fetched {
   uint8_t gap[2], next_gap[2];
 };
 
+// Whether the stream goes on for more than a chunk behind this block, so that no thread is near its end.
+__device__ __forceinline__ bool is_inside(const Unit& unit, int64_t block) {
+  return (block + 1) * kBlockBytes + kChunkBytes < unit.bytes;
+}
+
 __device__ __forceinline__ Fetched fetch(const Unit& unit, int64_t block, int thread) {
   Fetched f;
   const int64_t at = block * kBlockBytes + thread * kThreadBytes;
-  if (at + kThreadBytes + 4 <= unit.bytes) {
+  const bool inside = is_inside(unit, block);
+  if (inside) {
     const uint4 own = __ldcs(reinterpret_cast<const uint4*>(unit.stream + at));
     f.words[0] = own.x, f.words[1] = own.y, f.words[2] = own.z, f.words[3] = own.w;
     f.words[4] = __ldg(reinterpret_cast<const uint32_t*>(unit.stream + at) + 4);
@@ -59,7 +66,7 @@ __device__ __forceinline__ Fetched fetch(const Unit& unit, int64_t block, int th
   const int bit = thread * 10, next = bit + 10;
   f.gap[0] = __ldg(gaps + bit / 8);
   f.gap[1] = __ldg(gaps + bit / 8 + (bit % 8 > 3));
-  const bool last = at + kThreadBytes >= unit.bytes;
+  const bool last = !inside && at + kThreadBytes >= unit.bytes;
   f.next_gap[0] = last ? 0 : __ldg(gaps + next / 8);
   f.next_gap[1] = last ? 0 : __ldg(gaps + next / 8 + (next % 8 > 3));
   f.begin = __ldg(unit.positions + block);
@@ -105,6 +112,7 @@ decode_fast(Unit unit, const uint2* __restrict__ table) {
   Fetched f = fetch(unit, turn(blockIdx.x), thread);
   for (int i = thread; i < (1 << kWindow) / 2; i += kFastThreads)
     reinterpret_cast<uint4*>(s.table)[i] = __ldg(reinterpret_cast<const uint4*>(table) + i);
+  for (int i = thread; i < (unit.tables + 1) * 256; i += kFastThreads) s.luts[i] = unit.luts[i];
   // A short code, repeated: after the end of a thread's codes it stands in for what follows.
   const uint2 filler = __ldg(table + (1 << kWindow));
   __syncthreads();
@@ -120,18 +128,20 @@ decode_fast(Unit unit, const uint2* __restrict__ table) {
 
     uint2 ahead[kAhead];
     const uint8_t* const from = unit.sign_mantissa + begin - shift;
+    const bool plenty = shift + count >= kAhead * kFastThreads * 8;  // for all loads ahead
 #pragma unroll
     for (int k = 0; k < kAhead; k++) {
       const int i = (thread + k * kFastThreads) * 8;
-      if (i >= shift && i + 8 <= shift + count) ahead[k] = __ldcs(reinterpret_cast<const uint2*>(from + i));
+      if (plenty || i + 8 <= shift + count) ahead[k] = __ldcs(reinterpret_cast<const uint2*>(from + i));
     }
 
     int codes = 0;
     bool walked = false;
-    if (at < unit.bytes) {
+    const bool inside = is_inside(unit, block);
+    if (inside || at < unit.bytes) {
       // Where the stream ends, no next gap says where this thread's last code does: there it goes code by code, to the last byte.
       const int64_t left = unit.bytes - at;
-      const bool tail = left <= kThreadBytes + kChunkBytes;
+      const bool tail = !inside && left <= kThreadBytes + kChunkBytes;
       uint32_t w[5];
 #pragma unroll
       for (int k = 0; k < 5; k++) w[k] = __byte_perm(f.words[k], 0, 0x0123);
@@ -151,7 +161,7 @@ decode_fast(Unit unit, const uint2* __restrict__ table) {
       const auto look = [&](bool table) {
         uint2 entry = table ? s.table[w[0] >> (32 - kWindow)] : make_uint2(0, 0);
         if (entry.y == 0) {
-          entry = long_code(unit.luts, unit.tables, w[0]);
+          entry = long_code(s.luts, unit.tables, w[0]);
           skip(1);  // a code of 32 bits in two steps
           entry.y--;
           sum++;

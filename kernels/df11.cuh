@@ -121,10 +121,16 @@ __device__ __forceinline__ void merge_stage(const uint8_t* stage, int shift, int
   const auto store = [&](int i, uint2 m) {
     __stcs(reinterpret_cast<uint4*>(out + i), merge8(*reinterpret_cast<const uint2*>(stage + i), m));
   };
+  if (stop >= kAhead * kThreads * 8) {
 #pragma unroll
-  for (int k = 0; k < kAhead; k++) {
-    const int i = (thread + k * kThreads) * 8;
-    if (i >= shift && i + 8 <= stop) store(i, ahead[k]);
+    for (int k = 0; k < kAhead; k++)
+      if (k > 0 || thread > 0 || shift == 0) store((thread + k * kThreads) * 8, ahead[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kAhead; k++) {
+      const int i = (thread + k * kThreads) * 8;
+      if (i >= shift && i + 8 <= stop) store(i, ahead[k]);
+    }
   }
   for (int i = (thread + kAhead * kThreads) * 8; i + 8 <= stop; i += kThreads * 8)
     if (kAhead || i >= shift) store(i, __ldcs(reinterpret_cast<const uint2*>(sign_mantissa + i)));

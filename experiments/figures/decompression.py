@@ -16,7 +16,8 @@ CURVES = {  # codec, kernel: label, colour, line
     ("dfloat11", "paper"): ("DFloat11, the paper's algorithm", GREEN, "-"),
     ("dfloat11", "released"): ("DFloat11, released kernel", ORANGE, "-"),
     ("nvcomp_ans_exponents", "nvcomp"): ("nvCOMP ANS, exponents only", PURPLE, "--"),
-    ("nvcomp_ans", "nvcomp"): ("nvCOMP ANS, whole tensor", PURPLE, "-"),
+    ("nvcomp_ans", "nvcomp"): ("nvCOMP ANS, half-precision mode", PURPLE, "-"),
+    ("nvcomp_ans_bytes", "nvcomp"): ("nvCOMP ANS, bytes", PURPLE, ":"),
     ("bf16", "cpu_to_gpu_pinned"): ("from CPU, pinned", VERMILLION, "-"),
     ("bf16", "cpu_to_gpu_pageable"): ("from CPU, pageable", VERMILLION, "--"),
 }

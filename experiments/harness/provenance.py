@@ -28,17 +28,18 @@ class ProvenanceError(Exception):
 def source() -> dict[str, Any]:
     """sha, dirty flag and tree hash, from git or from a SOURCE.json that fits the tree."""
     tree = tree_hash()
-    if (ROOT / ".git").exists():
-        # Results are what runs write: they do not make the code another.
-        dirty = _git("status", "--porcelain", "--", ".", ":!results")
-        return {"sha": _git("rev-parse", "HEAD") or "none", "dirty": bool(dirty), "tree": tree}
     path = ROOT / "SOURCE.json"
-    if not path.exists():
-        raise ProvenanceError(f"neither .git nor {path.name} here: run `python -m experiments.harness.provenance` before copying")
-    written: dict[str, Any] = json.loads(path.read_text())
-    if written["tree"] != tree:
-        raise ProvenanceError(f"{path.name} was written for another tree: write it again before copying")
-    return written
+    written: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if written.get("tree") == tree:
+        return written
+    if sha := _git("rev-parse", "HEAD"):
+        # Results are what runs write: they do not make the code another.
+        return {"sha": sha, "dirty": bool(_git("status", "--porcelain", "--", ".", ":!results")), "tree": tree}
+    raise ProvenanceError(
+        f"{path.name} was written for another tree: write it again before copying"
+        if written
+        else f"neither git nor {path.name} here: run `python -m experiments.harness.provenance` before copying"
+    )
 
 
 def tree_hash() -> str:
@@ -116,5 +117,6 @@ def now() -> str:
 
 
 if __name__ == "__main__":
+    (ROOT / "SOURCE.json").unlink(missing_ok=True)
     (ROOT / "SOURCE.json").write_text(json.dumps(source(), indent=2) + "\n")
     print((ROOT / "SOURCE.json").read_text(), end="")
