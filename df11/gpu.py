@@ -247,7 +247,7 @@ def decompress(
     output_positions: torch.Tensor,
     table: torch.Tensor,
     out: torch.Tensor,
-    kernel: str = "fast",
+    decoder: str = "fast",
 ) -> None:
     """Decode one unit of the published layout into `out`, asynchronously.
 
@@ -259,8 +259,8 @@ def decompress(
     index = out.get_device()
     if index < 0:
         raise ValueError(f"out is on {out.device}: a CUDA tensor is needed")
-    if kernel not in DECODERS:
-        raise ValueError(f"no kernel {kernel!r}: there are {', '.join(DECODERS)}")
+    if decoder not in DECODERS:
+        raise ValueError(f"no decoder {decoder!r}: there are {', '.join(DECODERS)}")
     names = ("luts", "encoded_exponent", "sign_mantissa", "gaps", "output_positions", "out", "table")
     given = (luts, encoded_exponent, sign_mantissa, gaps, output_positions, out, table)
     _check(dict(zip(names, given, strict=True)), index)
@@ -269,10 +269,10 @@ def decompress(
     if n == 0 or blocks == 0:
         return
     gpu = device(index)
-    loaded = gpu.kernel(f"decode_{kernel}", f"decode_{kernel}", "PPPPPPqqi" + ("P" if kernel == "fast" else ""))
+    loaded = gpu.kernel(f"decode_{decoder}", f"decode_{decoder}", "PPPPPPqqi" + ("P" if decoder == "fast" else ""))
     grid = min(blocks, gpu.processors * loaded.blocks_per_sm) if loaded.blocks_per_sm else blocks
     addresses = [tensor.data_ptr() for tensor in given]
-    gpu.launch(loaded, grid, *addresses[:6], size, n, luts.shape[0] - 1, *(addresses[6:] if kernel == "fast" else ()))
+    gpu.launch(loaded, grid, *addresses[:6], size, n, luts.shape[0] - 1, *(addresses[6:] if decoder == "fast" else ()))
 
 
 def build_table(luts: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """torch operators over compressed units, and the unit as tensors on one device.
 
-    torch.ops.df11.decompress(encoded_exponent, sign_mantissa, luts, gaps, output_positions, table, out, kernel="fast")
+    torch.ops.df11.decompress(encoded_exponent, sign_mantissa, luts, gaps, output_positions, table, out, decoder="fast")
 
 writes the bf16 weights of a unit of the published layout to `out`; on a GPU by the kernels (df11/gpu.py, where dtypes, shapes and
 alignments stand), on the CPU by the format's decoder, which needs no table. Nothing is allocated on the device: `out` and the
@@ -19,7 +19,7 @@ from df11.formats.dfloat11 import DFloat11, DFloat11Unit, raw_unit
 torch.library.define(
     "df11::decompress",
     "(Tensor encoded_exponent, Tensor sign_mantissa, Tensor luts, Tensor gaps, Tensor output_positions, Tensor table,"
-    ' Tensor(a!) out, str kernel="fast") -> ()',
+    ' Tensor(a!) out, str decoder="fast") -> ()',
 )
 torch.library.impl("df11::decompress", "CUDA")(gpu.decompress)
 
@@ -33,7 +33,7 @@ def _decompress_fake(
     output_positions: torch.Tensor,
     table: torch.Tensor,
     out: torch.Tensor,
-    kernel: str = "fast",
+    decoder: str = "fast",
 ) -> None:
     return None
 
@@ -47,7 +47,7 @@ def _decompress_cpu(
     output_positions: torch.Tensor,
     table: torch.Tensor,
     out: torch.Tensor,
-    kernel: str = "fast",
+    decoder: str = "fast",
 ) -> None:
     if out.dtype != torch.bfloat16 or not out.is_contiguous():
         raise ValueError(f"out must be contiguous bfloat16, it is {out.dtype} with strides {out.stride()}")

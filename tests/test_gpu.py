@@ -255,8 +255,8 @@ def test_wrong_arguments_are_named(sample: tuple[torch.Tensor, ops.CompressedUni
     given[position] = change(given[position])
     with pytest.raises(ValueError, match=message):
         gpu.decompress(*given)
-    with pytest.raises(ValueError, match="no kernel 'slow'"):
-        gpu.decompress(*arguments(unit, torch.empty_like(weights)), kernel="slow")
+    with pytest.raises(ValueError, match="no decoder 'slow'"):
+        gpu.decompress(*arguments(unit, torch.empty_like(weights)), decoder="slow")
 
 
 def test_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

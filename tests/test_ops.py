@@ -49,6 +49,14 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.df11.decompress.default, arguments(unit, torch.empty(500, dtype=torch.bfloat16)))
 
 
+@pytest.mark.slow
+def test_torch_compile_keeps_the_operator() -> None:
+    weights = torch.randn(500).bfloat16()
+    unit, out = ops.encode([weights]), torch.zeros_like(weights)
+    doubled = torch.compile(lambda: unit.decompress(out) * 2, fullgraph=True)()
+    assert torch.equal(doubled, weights * 2)
+
+
 def test_unsound_arrays_and_outputs_are_named() -> None:
     unit = ops.encode([torch.randn(500).bfloat16()])
     with pytest.raises(FormatError, match="sign_mantissa"):

@@ -15,7 +15,7 @@ CURVES = {  # codec, kernel: label, colour, line
     ("dfloat11", "fast"): ("DFloat11, fast kernel", BLUE, "-"),
     ("dfloat11", "paper"): ("DFloat11, the paper's algorithm", GREEN, "-"),
     ("dfloat11", "released"): ("DFloat11, released kernel", ORANGE, "-"),
-    ("nvcomp_ans_exponents", "nvcomp"): ("nvCOMP ANS, exponents only", PURPLE, "--"),
+    ("nvcomp_ans_exponents", "nvcomp"): ("nvCOMP ANS, exponents only, not merged", PURPLE, "--"),
     ("nvcomp_ans", "nvcomp"): ("nvCOMP ANS, half-precision mode", PURPLE, "-"),
     ("nvcomp_ans_bytes", "nvcomp"): ("nvCOMP ANS, bytes", PURPLE, ":"),
     ("bf16", "cpu_to_gpu_pinned"): ("from CPU, pinned", VERMILLION, "-"),
@@ -57,4 +57,4 @@ def finish(axis: Axes, title: str) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("rows of a matrix of 4096 columns")
     axis.set_title(title, fontsize=8)
-    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.18), handlelength=3)

@@ -31,7 +31,7 @@ def load(results: Path, experiment: str) -> pd.DataFrame:
     path = results / f"{experiment}.csv"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: python run.py experiment={experiment} promote=true")
-    return pd.read_csv(path, dtype={"model": str}, keep_default_na=False)
+    return pd.read_csv(path, dtype={"model": str, "run_id": str}, keep_default_na=False)
 
 
 def published(results: Path, name: str) -> pd.DataFrame:

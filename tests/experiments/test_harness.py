@@ -41,7 +41,7 @@ def test_a_run_is_stored_then_skipped_then_forced(toy: Callable[..., runner.Outc
     first = toy()
     folder = Path(first.folder)
     assert first.state == "ok" and (folder / "DONE").exists()
-    rows = pd.read_csv(folder / "rows.csv")
+    rows = pd.read_csv(folder / "rows.csv", dtype={"run_id": str})
     assert len(rows) == 6 and list(rows["value"][:2]) == [0, 0] and set(rows["run_id"]) == {folder.name}
     record = json.loads((folder / "provenance.json").read_text())
     assert record["source"] == CLEAN and record["about"] == {"toy": True} and record["machine"]["versions"]["torch"]
