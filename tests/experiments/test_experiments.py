@@ -120,6 +120,9 @@ def test_figures_refuse_missing_and_ambiguous_rows(tmp_path: Path) -> None:
 
 def test_decompression(rows: Callable[..., pd.DataFrame]) -> None:
     table = rows("experiment=decompression", "device=cpu", "bench.shapes=[[40,64]]", "bench.repeats=2", "bench.warmup=0")
-    assert set(zip(table["unit_kind"], table["rows"], table["columns"], strict=True)) == {("matrix", "40", "64"), ("block", "1536", "128")}
+    assert set(zip(table["unit_kind"], table["rows"], table["columns"], strict=True)) == {
+        ("matrix", "40", "64"),
+        ("block", "1536", "128"),
+    }
     speed = table[table["metric"] == "gb_per_s_bf16_output"]
     assert set(speed["kernel"]) == {"copy", "cpu"} and (speed["value"] > 0).all()
