@@ -1,4 +1,4 @@
-"""What is asked of transformers: the tensors of a geometry, a random model, and GGUF as bf16. Nothing else imports it."""
+"""All that has to do with transformers: geometries, GGUF as bf16, and loading compressed checkpoints. Nothing else imports it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from df11.checkpoint import QUANT_METHOD, VERSION
+from df11.modules import PARTS, attach, compress_, compressed_parameters, prepare, tie
+from df11.sources.files import SafetensorsSource
 from df11.sources.model import TensorInfo
 
 _SPELLING = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -43,3 +50,94 @@ def _build(geometry: Mapping[str, Any]) -> transformers.PreTrainedModel:
     (architecture,) = geometry["architectures"]
     model: transformers.PreTrainedModel = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
     return model
+
+
+def parameter_names(directory: Path) -> set[str]:
+    """Names that a checkpoint's model has as parameters. The checkpoint may hold others, which transformers merges on loading."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    (architecture,) = config.architectures
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+@register_quantization_config(QUANT_METHOD)
+class DF11Config(QuantizationConfigMixin):
+    """`quantization_config` of a compressed checkpoint; given to from_pretrained with an original one, compresses while loading.
+
+    include, exclude: shell patterns of parameter names. granularity: what is decompressed at a time, `layer` or `block`.
+    """
+
+    def __init__(
+        self,
+        include: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+        granularity: str = "layer",
+        version: int = VERSION,
+        **kwargs: Any,
+    ) -> None:
+        if version != VERSION:
+            raise ValueError(f"the checkpoint has version {version} of the df11 layout, this df11 reads {VERSION}: update df11")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.granularity, self.version = granularity, version
+
+
+@register_quantizer(QUANT_METHOD)
+class DF11Quantizer(HfQuantizer):
+    """Loads compressed checkpoints; the name is transformers': nothing is quantised, every bit stays."""
+
+    quantization_config: DF11Config
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("dtype") not in (None, "auto", torch.bfloat16):
+            raise ValueError(f"dtype={kwargs['dtype']}: the compressed weights are bfloat16; leave dtype out")
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"dtype={dtype}: the compressed weights are torch.bfloat16, and so must the model be")
+        return torch.bfloat16
+
+    def _process_model_before_weight_loading(
+        self, model: transformers.PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        if not checkpoint_files:
+            raise ValueError("a compressed model is loaded from safetensors files: none were given")
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in checkpoint_files:
+            shapes |= {info.name: info.shape for info in SafetensorsSource(Path(file)).tensors()}
+        for name in [name.removesuffix("_luts") for name in shapes if name.endswith("_luts")]:
+            try:
+                module, leaf = get_module_from_name(model, name)
+                module.get_parameter(leaf)
+            except AttributeError as missing:
+                raise ValueError(
+                    f"{name} is compressed, but {type(model).__name__} has no such parameter: compress with --exclude '{name}'"
+                ) from missing
+            prepare(module, leaf, {"encoded_exponent": shapes[name]} | {part: shapes[f"{name}_{part}"] for part in PARTS})
+        # Tied here and not by transformers, which ties parameters only.
+        for target, source in list(model.all_tied_weights_keys.items()):
+            for one, other in ((target, source), (source, target)):  # a checkpoint may hold either
+                holder, leaf = get_module_from_name(model, other)
+                if one not in shapes and leaf in compressed_parameters(holder):
+                    tie(*get_module_from_name(model, one), compressed_parameters(holder)[leaf])
+                    del model.all_tied_weights_keys[target]
+                    break
+        # transformers initialises what it did not load, by the classes of modules.
+        for module in model.modules():
+            if compressed_parameters(module):
+                module.__dict__["_is_hf_initialized"] = True
+
+    def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            compress_(model, self.quantization_config.include, self.quantization_config.exclude)
+        attach(model, self.quantization_config.granularity)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -28,6 +28,7 @@ __all__ = [
     "Unit",
     "WeightSource",
     "open_source",
+    "require_models_extra",
     "sampled_blocks",
     "split_units",
 ]

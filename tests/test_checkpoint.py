@@ -1,0 +1,204 @@
+"""Compressed checkpoint directories and the command line."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from df11 import checkpoint, cli
+from df11.checkpoint import CheckpointError
+from df11.formats import FormatError
+from df11.sources import SourceError
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+
+    return {
+        "embed.weight": normal(100, 32),
+        "layers.0.linear.weight": normal(64, 32),
+        "layers.0.linear.bias": normal(64),
+        "layers.0.experts": normal(3, 16, 8),
+        "layers.0.nan.weight": torch.full((4, 4), float("nan")).bfloat16(),
+        "layers.0.single.weight": normal(64, 32).float(),
+        "layers.0.empty.weight": normal(0, 7),
+        "counter": torch.tensor(3),
+    }
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    """Two shards, an index, a config and another file."""
+    directory = tmp_path / "original"
+    directory.mkdir()
+    everything = tensors()
+    names = list(everything)
+    shards = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
+    for file, held in shards.items():
+        save_file({name: everything[name] for name in held}, directory / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text('{"model_type":   "toy"}')
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def compressed(original: Path, tmp_path: Path) -> Path:
+    checkpoint.compress(original, tmp_path / "compressed", threads=1)
+    return tmp_path / "compressed"
+
+
+def test_verify_and_restore(original: Path, compressed: Path, tmp_path: Path) -> None:
+    assert checkpoint.verify(compressed) == checkpoint.verify(compressed, original) == len(tensors())
+    checkpoint.restore(compressed, tmp_path / "restored")
+    files = {path.name: path.read_bytes() for path in original.iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "restored").iterdir()} == files
+
+
+def test_what_is_compressed_and_how_it_is_stored(compressed: Path) -> None:
+    rows = {row["name"]: row for row in checkpoint.summary(compressed)}
+    wanted = {"embed.weight", "layers.0.linear.weight", "layers.0.experts"}
+    assert {name for name, row in rows.items() if row["compressed"]} == wanted
+    stored = load_file(compressed / "model-00001-of-00002.safetensors")
+    assert stored["embed.weight"].dtype == torch.uint8 and stored["embed.weight"].dim() == 1
+    assert torch.equal(stored["layers.0.linear.bias"], tensors()["layers.0.linear.bias"])
+    assert json.loads((compressed / "config.json").read_text())["quantization_config"]["quant_method"] == "df11"
+    index = json.loads((compressed / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["embed.weight_luts"] == "model-00001-of-00002.safetensors"
+    information, coded = checkpoint.exponent_bits(compressed)
+    assert 2 < information <= coded < 3.2
+
+
+def test_patterns_and_loadable_names(original: Path, tmp_path: Path) -> None:
+    checkpoint.compress(original, tmp_path / "a", include=("layers.*",), exclude=("*experts",))
+    assert [row["name"] for row in checkpoint.summary(tmp_path / "a") if row["compressed"]] == ["layers.0.linear.weight"]
+    checkpoint.compress(original, tmp_path / "b", loadable=lambda directory: {"embed.weight"})
+    assert [row["name"] for row in checkpoint.summary(tmp_path / "b") if row["compressed"]] == ["embed.weight"]
+    assert checkpoint.verify(tmp_path / "b", original) == len(tensors())
+
+
+def test_every_flipped_byte_is_reported(compressed: Path) -> None:
+    """A bit at every 13th byte of every file, the manifest included; within a tensor's data the error names it."""
+    for path in sorted(compressed.iterdir()):
+        data = path.read_bytes()
+        begin, places = len(data), {}
+        if path.suffix == ".safetensors":
+            begin = 8 + int.from_bytes(data[:8], "little")
+            places = {k: v["data_offsets"] for k, v in json.loads(data[8:begin]).items() if k != "__metadata__"}
+        header = range(0, min(begin, len(data)), 997 if path.suffix == ".safetensors" else 13)
+        for at in [*header, *range(begin, len(data), 13)]:
+            altered = bytearray(data)
+            altered[at] ^= 1 << (at % 8)
+            path.write_bytes(altered)
+            with pytest.raises((CheckpointError, FormatError)) as error:
+                checkpoint.verify(compressed)
+            owner = [name for name, (start, end) in places.items() if start <= at - begin < end]
+            assert not owner or owner[0] in str(error.value), (path.name, at)
+        path.write_bytes(data)
+    assert checkpoint.verify(compressed) == len(tensors())
+
+
+def test_truncated_and_missing_files_are_named(compressed: Path) -> None:
+    file = compressed / "model-00002-of-00002.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is .* bytes long"):
+        checkpoint.verify(compressed)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        checkpoint.verify(compressed)
+
+
+def test_another_original_is_told(original: Path, compressed: Path) -> None:
+    file = original / "model-00001-of-00002.safetensors"
+    changed = load_file(file)
+    changed["embed.weight"].view(torch.int16)[5, 5] ^= 1
+    save_file(changed, file)
+    with pytest.raises(FormatError, match=r"embed\.weight"):
+        checkpoint.verify(compressed, original)
+
+
+def test_errors_of_use(original: Path, compressed: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoint.compress(original, compressed)
+    with pytest.raises(CheckpointError, match="compressed already"):
+        checkpoint.compress(compressed, tmp_path / "twice")
+    with pytest.raises(CheckpointError, match="not a compressed checkpoint"):
+        checkpoint.verify(original)
+    with pytest.raises(SourceError, match="not a directory"):
+        checkpoint.compress(tmp_path / "nothing", tmp_path / "x")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from df11 import checkpoint
+count = 0
+def progress(name, size):
+    global count
+    count += 1
+    if count == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.compress(Path(sys.argv[1]), Path(sys.argv[2]), threads=1, progress=progress)
+"""
+
+
+@pytest.mark.parametrize("after", [2, 5])
+def test_a_killed_run_is_resumed_to_the_same_bytes(original: Path, compressed: Path, tmp_path: Path, after: int) -> None:
+    target = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(original), str(target), str(after)])
+    assert done.returncode == -signal.SIGKILL and not target.exists()
+    finished = tmp_path / ".killed.partial" / "model-00001-of-00002.safetensors"
+    assert finished.exists() == (after == 5)
+    stamp = finished.stat().st_mtime_ns if finished.exists() else 0
+    with pytest.raises(CheckpointError, match="other options"):
+        checkpoint.compress(original, target, exclude=("embed*",))
+    checkpoint.compress(original, target, threads=2)
+    assert not stamp or (target / finished.name).stat().st_mtime_ns == stamp
+    same = {path.name: path.read_bytes() for path in compressed.iterdir()}
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == same
+
+
+def test_the_command_line(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (original / "config.json").unlink()
+    target, back = str(tmp_path / "c"), str(tmp_path / "back")
+    assert cli.main(["compress", str(original), target, "--threads", "1"]) == 0
+    assert cli.main(["info", target, "--all", "--entropy"]) == 0
+    assert cli.main(["verify", target, "--original", str(original)]) == 0
+    assert cli.main(["restore", target, back]) == 0
+    printed = capsys.readouterr().out
+    assert "8 tensors are bit for bit" in printed and "embed.weight" in printed and "bits of entropy" in printed
+    assert cli.main(["verify", str(original)]) == 1
+    assert "not a compressed checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert capsys.readouterr().out.count("\n  df11 ") == 3
+
+
+def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
+    """Ten matrices of 8 MB, of which not all may be in memory at once."""
+    (tmp_path / "big").mkdir()
+    weights = {f"layers.{i}.weight": (torch.randn(2000, 2000) * 0.02).bfloat16() for i in range(10)}
+    save_file(weights, tmp_path / "big" / "model.safetensors")
+    code = (
+        "import sys, resource; from pathlib import Path; from df11 import checkpoint; a = sys.argv\n"
+        "checkpoint.compress(Path(a[1]) / a[2], Path(a[1]) / (a[2] + '-c'), threads=1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+
+    def peak(name: str) -> int:
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), name], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    (tmp_path / "small").mkdir()
+    save_file({"layers.0.weight": weights["layers.0.weight"]}, tmp_path / "small" / "model.safetensors")
+    assert peak("big") - peak("small") < 4 * 8_000  # kB
