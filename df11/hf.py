@@ -122,17 +122,17 @@ class DF11Quantizer(HfQuantizer):
             for one, other in ((target, source), (source, target)):  # a checkpoint may hold either
                 holder, leaf = get_module_from_name(model, other)
                 if one not in shapes and leaf in compressed_parameters(holder):
-                    tie(*get_module_from_name(model, one), compressed_parameters(holder)[leaf])
+                    module, name = get_module_from_name(model, one)
+                    tie(module, name, compressed_parameters(holder)[leaf])
+                    module.__dict__["_is_hf_initialized"] = True  # has nothing that transformers could initialise
                     del model.all_tied_weights_keys[target]
                     break
-        # transformers initialises what it did not load, by the classes of modules.
-        for module in model.modules():
-            if compressed_parameters(module):
-                module.__dict__["_is_hf_initialized"] = True
 
     def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             compress_(model, self.quantization_config.include, self.quantization_config.exclude)
+        # Saved under the names that the model has: what transformers merged or renamed on loading cannot be undone on streams.
+        model.__dict__["_weight_conversions"] = []
         attach(model, self.quantization_config.granularity)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

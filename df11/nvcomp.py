@@ -15,6 +15,7 @@ PACKAGE = "nvidia-libnvcomp-cu13"
 ALIGNMENT = 16  # of every chunk, compressed or not (nvcompANSRequiredCompressionAlignment)
 DATA_TYPES = {1: 1, 2: 10}  # bytes of an element: NVCOMP_TYPE_UCHAR, NVCOMP_TYPE_FLOAT16 (any half-precision format)
 CHUNK_BYTES = 1 << 16
+MOST_CHUNK_BYTES = 1 << 24  # nvcompANSCompressionMaxAllowedChunkSize
 STATUSES = {0: "success", 10: "invalid value", 11: "not supported", 12: "cannot decompress", 15: "output buffer too small"}
 STATUSES |= {17: "alignment", 18: "chunk size too large", 19: "cannot compress", 20: "wrong input length", 1000: "CUDA error"}
 
@@ -70,8 +71,8 @@ def _call(name: str, *arguments: Any) -> None:
         raise RuntimeError(f"nvcompBatchedANS{name}: {STATUSES.get(status, 'error')} ({status})")
 
 
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
+def _stream(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def _addresses(base: torch.Tensor, step: int, count: int) -> torch.Tensor:
@@ -93,7 +94,7 @@ class AnsBatch:
         self._statuses = torch.full((count,), -1, dtype=torch.int32, device=device)
         self._options = _DecompressOptions(data_type=data_type)
         needed = c_size_t()
-        _call("DecompressGetTempSize", count, self._chunk, self._options, byref(needed), self._total, _stream())
+        _call("DecompressGetTempSize", count, self._chunk, self._options, byref(needed), self._total, _stream(compressed))
         self._temporary = torch.empty(max(needed.value, 1), dtype=torch.uint8, device=device)
         self._out: tuple[int, torch.Tensor] = (0, self._pointers)
 
@@ -103,13 +104,15 @@ class AnsBatch:
         _check("data", data)
         if data.element_size() not in DATA_TYPES:
             raise ValueError(f"data: elements of {data.element_size()} bytes; nvCOMP's ANS is used for 1 and 2")
+        if chunk_bytes % ALIGNMENT or not 0 < chunk_bytes <= MOST_CHUNK_BYTES:
+            raise ValueError(f"chunk_bytes={chunk_bytes}: a multiple of {ALIGNMENT} up to {MOST_CHUNK_BYTES} is needed")
         options = _CompressOptions(data_type=DATA_TYPES[data.element_size()])
         count = -(-data.nbytes // chunk_bytes)
         sizes = torch.full((count,), chunk_bytes, dtype=torch.int64, device=data.device)
         sizes[-1] = data.nbytes - (count - 1) * chunk_bytes
         most, needed = c_size_t(), c_size_t()
         _call("CompressGetMaxOutputChunkSize", chunk_bytes, options, byref(most))
-        _call("CompressGetTempSize", count, chunk_bytes, options, byref(needed), data.nbytes, _stream())
+        _call("CompressGetTempSize", count, chunk_bytes, options, byref(needed), data.nbytes, _stream(data))
         step = -(-most.value // ALIGNMENT) * ALIGNMENT
         loose = torch.empty(count * step, dtype=torch.uint8, device=data.device)
         temporary = torch.empty(max(needed.value, 1), dtype=torch.uint8, device=data.device)
@@ -119,7 +122,7 @@ class AnsBatch:
         _call(
             "CompressAsync",
             *(inputs.data_ptr(), sizes.data_ptr(), chunk_bytes, count, temporary.data_ptr(), temporary.nbytes),
-            *(outputs.data_ptr(), got.data_ptr(), options, statuses.data_ptr(), _stream()),
+            *(outputs.data_ptr(), got.data_ptr(), options, statuses.data_ptr(), _stream(data)),
         )
         _report(statuses)
         padded = (got + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
@@ -138,16 +141,16 @@ class AnsBatch:
 
     def decompress(self, out: torch.Tensor) -> None:
         """Into a contiguous tensor of the original size, on torch's current stream; nothing is allocated, nobody waits."""
+        _check("out", out)
+        if out.nbytes != self._total:
+            raise ValueError(f"out: {out.nbytes} bytes where {self._total} are needed")
         if self._out[0] != out.data_ptr():
-            _check("out", out)
-            if out.nbytes != self._total:
-                raise ValueError(f"out: {out.nbytes} bytes where {self._total} are needed")
             self._out = (out.data_ptr(), _addresses(out, self._chunk, len(self._sizes)))
         _call(
             "DecompressAsync",
             *(self._pointers.data_ptr(), self._compressed_sizes.data_ptr(), self._sizes.data_ptr(), self._actual.data_ptr()),
             *(len(self._sizes), self._temporary.data_ptr(), self._temporary.nbytes),
-            *(self._out[1].data_ptr(), self._options, self._statuses.data_ptr(), _stream()),
+            *(self._out[1].data_ptr(), self._options, self._statuses.data_ptr(), _stream(out)),
         )
 
     def check(self) -> None:

@@ -1,0 +1,149 @@
+"""Compressed weights inside modules, on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from df11 import modules
+from df11.modules import CompressedModelError, attach, compress_, compressed_parameters
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 3
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 16, 24))
+        self.down = nn.Parameter(torch.randn(3, 24, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((x @ up @ down for up, down in zip(self.up, self.down, strict=True)), x)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.experts = nn.Linear(16, 33), nn.Linear(33, 16, bias=False), Experts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(x + self.second(torch.relu(self.first(x))))  # type: ignore[no-any-return]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Scaled(50, 16)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+IDS = torch.arange(20).view(2, 10)
+
+
+@pytest.fixture
+def original() -> Model:
+    torch.manual_seed(0)
+    return Model().bfloat16().eval()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("granularity", modules.GRANULARITIES)
+def test_the_same_bits_come_out(original: Model, granularity: str) -> None:
+    expected = original(IDS)
+    model = copy.deepcopy(original)
+    names = compress_(model)
+    assert len(names) == 9 and "layers.1.experts.down" in names and "head.weight" not in names
+    workspace = attach(model, granularity)
+    for _ in range(2):
+        assert same(model(IDS), expected)
+    whole_block = sum(modules._aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
+    largest = max(modules._aligned(2 * 50 * 16), 2 * modules._aligned(2 * 3 * 16 * 24))
+    assert workspace.nbytes == (whole_block if granularity == "block" else largest)
+    attach(model, "layer")
+    assert same(model(IDS), expected)
+
+
+def test_every_decoded_tensor_starts_on_256_bytes(original: Model) -> None:
+    compress_(original)
+    attach(original, "block")
+    starts = []
+    original.layers[0].register_forward_pre_hook(
+        lambda m, a: starts.extend(getattr(part, name).data_ptr() for part in m.modules() for name in compressed_parameters(part))
+    )
+    base = []
+    original.layers[0].first.register_forward_pre_hook(lambda m, a: base.append(m.weight.data_ptr()))
+    original(IDS)
+    assert len(starts) == 4 and all((start - base[0]) % 256 == 0 for start in starts)
+
+
+def test_outside_of_a_forward_nothing_is_decompressed(original: Model) -> None:
+    compress_(original)
+    attach(original)
+    original(IDS)
+    assert original.embed.weight.dtype == torch.uint8
+    assert all("weight" not in module.__dict__ for module in original.modules())
+    assert set(dict(original.named_parameters())) == {"layers.0.first.bias", "layers.1.first.bias"}
+
+
+def test_an_error_in_a_forward_leaves_the_model_usable(original: Model) -> None:
+    expected = original(IDS)
+    compress_(original)
+    attach(original, "block")
+    with pytest.raises(RuntimeError):
+        original.layers[0](torch.zeros(1, 5).bfloat16())
+    assert same(original(IDS), expected)
+
+
+def test_state_dicts_load_into_another_model(original: Model) -> None:
+    expected = original(IDS)
+    model, other = copy.deepcopy(original), copy.deepcopy(original)
+    compress_(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    compress_(other)
+    state = model.state_dict()
+    for name, buffer in other.named_buffers():  # streams of other weights have other lengths
+        holder, _, leaf = name.rpartition(".")
+        other.get_submodule(holder)._buffers[leaf] = torch.empty_like(state[name])
+        assert buffer is not None
+    other.load_state_dict(state)
+    attach(other)
+    assert same(other(IDS), expected)
+
+
+def test_misuse_is_told(original: Model) -> None:
+    compress_(original)
+    with pytest.raises(ValueError, match="choose one of layer, block"):
+        attach(original, "tensor")
+    attach(original)
+    with pytest.raises(CompressedModelError, match=r"model\.eval\(\)"):
+        original.train()(IDS)
+    original.eval()
+    with pytest.raises(CompressedModelError, match=r"bf16, the input is torch\.float32"):
+        original.layers[0].first(torch.zeros(1, 16))
+    with pytest.raises(CompressedModelError, match=r"torch\.no_grad"):
+        original.layers[0].first(torch.zeros(1, 16).bfloat16().requires_grad_())
+
+
+def test_weights_without_a_code_stay() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16().eval()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    assert compress_(model) == ["1.weight"]
+    assert model[0].weight.dtype == torch.bfloat16
