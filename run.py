@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "exponent_entropy": "experiments.exponent_entropy",
     "compression_time": "experiments.compression_time",
     "decompression": "experiments.decompression",
+    "losslessness": "experiments.losslessness",
 }
 
 

@@ -141,3 +141,20 @@ class DF11Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def build(geometry: Mapping[str, Any], seed: int, device: str) -> transformers.PreTrainedModel:
+    """A bf16 model with transformers' own random initialisation, made on the device."""
+    with torch.random.fork_rng(devices=None if device == "cuda" else []), torch.device(device):
+        torch.manual_seed(seed)
+        model = _build(geometry)
+    model.train(False)
+    return model
+
+
+def load(directory: Path, device: str) -> transformers.PreTrainedModel:
+    """A bf16 or compressed model."""
+    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, device_map=device
+    )
+    return model

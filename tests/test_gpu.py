@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from df11 import bits, gpu, nvcomp, ops, released
+from df11 import bits, gpu, modules, nvcomp, ops, released
 from df11.formats.dfloat11 import BLOCK_BYTES, DFloat11, DFloat11Unit
 from df11.huffman import Code, canonical_codes
 
@@ -278,3 +278,73 @@ def test_nvcomp_gives_the_bits_back(n: int) -> None:
         batch.check()
         assert torch.equal(out.view(torch.uint8), data.view(torch.uint8))
         assert n < 10_000 or batch.nbytes < 0.9 * data.nbytes
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random two-layer Llama, and its compressed checkpoint."""
+    from df11 import checkpoint, hf
+
+    directory = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "vocab_size": 3000, "head_dim": 64}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    hf.build_random({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **heads}, 0, directory / "original")
+    checkpoint.compress(directory / "original", directory / "compressed", loadable=hf.parameter_names)
+    return directory / "original", directory / "compressed"
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype == torch.bfloat16 and torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("granularity", modules.GRANULARITIES)
+def test_models_give_the_same_bits(llama: tuple[Path, Path], granularity: str) -> None:
+    from df11 import hf
+
+    ids = torch.arange(3, 103, device="cuda").view(2, 50)
+    with torch.inference_mode():
+        expected = hf.load(llama[0], "cuda")(ids).logits
+        model = hf.load(llama[1], "cuda")
+        workspace = modules.attach(model, granularity)
+        assert same_bits(model(ids).logits, expected)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model(ids, use_cache=False)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = model(ids, use_cache=False).logits
+        out.zero_()
+        graph.replay()
+        assert same_bits(out, expected)
+        assert all(view.data_ptr() % 256 == 0 for view in workspace._buffers.values())
+
+
+def test_a_model_over_cpu_and_gpu(llama: tuple[Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": 0, "model.norm": 0, "lm_head": 0}
+    places["model.rotary_emb"] = "cpu"
+    ids = torch.arange(3, 103).view(2, 50)
+    with torch.inference_mode():
+        logits = [AutoModelForCausalLM.from_pretrained(d, device_map=places, dtype=torch.bfloat16)(ids).logits for d in llama]
+    assert same_bits(*logits)
+
+
+@pytest.mark.gpu2
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_over_two_gpus(llama: tuple[Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    places = {
+        "model.embed_tokens": 0,
+        "model.rotary_emb": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "model.norm": 1,
+        "lm_head": 1,
+    }
+    ids = torch.arange(3, 103).view(2, 50)
+    with torch.inference_mode():
+        logits = [AutoModelForCausalLM.from_pretrained(d, device_map=places, dtype=torch.bfloat16)(ids).logits for d in llama]
+    assert same_bits(*logits)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from omegaconf import DictConfig
 
+from experiments import losslessness
 from experiments.config import Config
 from experiments.figures import __main__ as figures
 from experiments.figures import style
@@ -126,3 +128,22 @@ def test_decompression(rows: Callable[..., pd.DataFrame]) -> None:
     }
     speed = table[table["metric"] == "gb_per_s_bf16_output"]
     assert set(speed["kernel"]) == {"copy", "cpu"} and (speed["value"] > 0).all()
+
+
+def test_losslessness(rows: Callable[..., pd.DataFrame]) -> None:
+    geometry = "model.geometry.vocab_size=256"
+    for overrides in ((), ("model=llama3_1_8b_synthetic", "model.sample_blocks=0", geometry, "model.geometry.num_hidden_layers=1")):
+        small = [f"model.geometry.{k}=64" for k in ("hidden_size", "intermediate_size")] if overrides else []
+        heads = [f"model.geometry.{k}=4" for k in ("num_attention_heads", "num_key_value_heads")] if overrides else []
+        sizes = ["model.geometry.head_dim=16"] if overrides else []
+        table = rows("experiment=losslessness", *overrides, *small, *heads, *sizes)
+        different = table[table["metric"].str.endswith("mismatches")]
+        assert len(different) == 1 + 2 * 2 * 4 and (different["value"] == 0).all()
+        assert (table[table["metric"] == "compared"]["value"] > 0).all()
+
+
+def test_losslessness_counts_what_differs() -> None:
+    a = torch.tensor([1.0, -0.0, float("nan")]).bfloat16()
+    assert losslessness.differing(a, a.clone()) == 0
+    assert losslessness.differing(a, torch.tensor([1.0, 0.0, float("nan")]).bfloat16()) == 1
+    assert losslessness.differing(torch.ones(2, dtype=torch.int64), torch.ones(3, dtype=torch.int64)) == 3
