@@ -30,6 +30,7 @@ from df11.sources import SafetensorsSource, SourceError, TensorInfo
 from df11.sources.files import INDEX
 
 MANIFEST = "df11.json"
+BEGUN = ".df11-begun.json"  # options of an unfinished run
 VERSION = 1
 QUANT_METHOD = "df11"
 DTYPES = {"U8": np.uint8, "U32": np.uint32}
@@ -73,7 +74,7 @@ def compress(
     options = {"include": list(include), "exclude": list(exclude), "source": _fingerprint(source, files)}
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    begun = partial / "options.json"
+    begun = partial / BEGUN
     if begun.exists() and json.loads(begun.read_text()) != options:
         raise CheckpointError(f"{partial} was begun with other options or another source: remove it and run again")
     _write(begun, json.dumps(options).encode())
@@ -195,7 +196,7 @@ def _finish(source: Path, partial: Path, files: dict[str, Path]) -> dict[str, An
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in {*files, *originals} and path.suffix != ".safetensors":
             shutil.copyfile(path, partial / path.name)
-    others = sorted(p for p in partial.iterdir() if p.is_file() and p.name not in {*files, "options.json"})
+    others = sorted(p for p in partial.iterdir() if p.is_file() and p.name not in {*files, BEGUN})
     manifest: dict[str, Any] = {
         "version": VERSION,
         "df11": __version__,
@@ -236,6 +237,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has version {version}, this df11 reads {VERSION}: update df11")
     if checksum != _checksum(manifest):
         raise CheckpointError(f"{path} was changed after it was written: restore it from a copy")
+    for name in (*manifest["headers"], *manifest["files"], *manifest["originals"]):
+        if Path(name).name != name:
+            raise CheckpointError(f"{path} names the file {name!r} outside of its directory: do not trust this checkpoint")
     return manifest
 
 
@@ -330,7 +334,10 @@ def verify(directory: Path, original: Path | None = None, progress: Progress = l
 
 
 def restore(directory: Path, target: Path, progress: Progress = lambda name, size: None) -> None:
-    """The original checkpoint, file by file the same bytes."""
+    """The original checkpoint, file by file the same bytes: its weights, and the other files that lay beside them.
+
+    Subfolders and safetensors files that the index does not name were not compressed and are not restored.
+    """
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
     manifest = read_manifest(directory)

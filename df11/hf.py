@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from df11.checkpoint import QUANT_METHOD, VERSION
 from df11.modules import PARTS, attach, compress_, compressed_parameters, prepare, tie
 from df11.sources.files import SafetensorsSource
-from df11.sources.model import TensorInfo
+from df11.sources.model import SourceError, TensorInfo
 
 _SPELLING = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -54,10 +54,16 @@ def _build(geometry: Mapping[str, Any]) -> transformers.PreTrainedModel:
 
 def parameter_names(directory: Path) -> set[str]:
     """Names that a checkpoint's model has as parameters. The checkpoint may hold others, which transformers merges on loading."""
-    config = transformers.AutoConfig.from_pretrained(directory)
-    (architecture,) = config.architectures
-    with torch.device("meta"):
-        model = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        (architecture,) = config.architectures
+        with torch.device("meta"):
+            model = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
+    except (ValueError, TypeError, AttributeError, OSError) as unknown:
+        raise SourceError(
+            f"{directory / 'config.json'} is of no model that transformers {transformers.__version__} knows ({unknown}):"
+            " update it, or take config.json away to compress every matrix by its shape"
+        ) from unknown
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
@@ -158,3 +164,10 @@ def load(directory: Path, device: str) -> transformers.PreTrainedModel:
         directory, dtype=torch.bfloat16, device_map=device
     )
     return model
+
+
+def tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory, None where it has none."""
+    if not (directory / "tokenizer_config.json").exists():
+        return None
+    return transformers.AutoTokenizer.from_pretrained(directory)

@@ -84,6 +84,10 @@ def row(metric: str, value: float, unit: str) -> dict[str, Any]:
     return {"metric": metric, "value": value, "unit": unit}
 
 
+def inputs(cfg: Config) -> object:
+    return needs.inputs(cfg.model)
+
+
 def preflight(cfg: Config) -> Iterable[Need]:
     return [needs.compression(cfg.model)]
 

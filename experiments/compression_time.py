@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ from experiments.harness.api import Need, Point
 AXES = ("module", "threads")
 
 
+def inputs(cfg: Config) -> object:
+    return needs.inputs(cfg.model)
+
+
 def preflight(cfg: Config) -> Iterable[Need]:
     return [needs.compression(cfg.model)]
 
@@ -26,7 +31,9 @@ def preflight(cfg: Config) -> Iterable[Need]:
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
     source = open_source(cfg.model, cfg.seed, cfg.cache)
     units, _ = split_units(source.tensors(), cfg.model.sample_blocks)
-    block = next(unit for unit in units if unit.kind == "block")
+    block = next((unit for unit in units if unit.kind == "block"), None)
+    if block is None or cfg.codec.name != "dfloat11":
+        raise ValueError(f"{cfg.model.name}, codec={cfg.codec.name}: a model with transformer blocks and codec=dfloat11 are needed")
     tensors = [source.read(tensor.name) for tensor in block.tensors]
     size = sum(tensor.nbytes for tensor in tensors)
     identity = {"weights": source.weights, "codec": cfg.codec.name, "module": block.name}
@@ -35,7 +42,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
         codec = get_format(cfg.codec.name, **cfg.codec.options | {"threads": threads})
         return lambda: codec.encode(chunks_of(tensors), [tuple(t.shape) for t in tensors])
 
-    for threads in cfg.bench.threads:
+    for threads in dict.fromkeys(n or len(os.sched_getaffinity(0)) for n in cfg.bench.threads):
         key = f"ours, {threads} threads"
         if key not in done:
             seconds = timing.wall_clock(encode(threads), cfg.bench.warmup, cfg.bench.repeats)

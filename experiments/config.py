@@ -28,6 +28,15 @@ class BenchConfig:
 
 
 @dataclass
+class EvalConfig:
+    """What lm-eval asks."""
+
+    tasks: list[str] = field(default_factory=list)
+    fixtures: bool = True  # the shipped task definitions over small local data; false: over the hub's
+    batch_size: int = 8
+
+
+@dataclass
 class DeviceConfig:
     name: str = "cpu"  # cpu | cuda
 
@@ -46,6 +55,7 @@ class Config:
     model: ModelSpec = field(default_factory=ModelSpec)
     codec: CodecConfig = field(default_factory=CodecConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 0

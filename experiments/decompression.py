@@ -39,9 +39,9 @@ def units(cfg: Config) -> list[tuple[str, int, int]]:
     found = [("matrix", rows, columns) for rows, columns in cfg.bench.shapes]
     if cfg.model.geometry:
         parts, _ = split_units(hf.tensor_shapes(cfg.model.geometry), 1)
-        block = next(unit for unit in parts if unit.kind == "block")
-        columns = block.tensors[0].shape[-1]
-        found.append(("block", sum(t.numel for t in block.tensors) // columns, columns))
+        for block in [unit for unit in parts if unit.kind == "block"][:1]:
+            columns = block.tensors[0].shape[-1]
+            found.append(("block", sum(t.numel for t in block.tensors) // columns, columns))
     return found
 
 

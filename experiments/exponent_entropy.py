@@ -22,6 +22,10 @@ AXES = ("scope", "field", "rank", "exponent", "blocks")
 FIELDS = ("sign", "exponent", "mantissa")
 
 
+def inputs(cfg: Config) -> object:
+    return needs.inputs(cfg.model)
+
+
 def preflight(cfg: Config) -> Iterable[Need]:
     return [needs.compression(cfg.model)]
 

@@ -1,7 +1,8 @@
 """Table 2, stricter: BF16 against DF11 of the same model, counted in bits that differ.
 
-Every weight bit; every logits bit of a prefill and of each decoding step; every generated id, greedy and sampled by a seed. Weights
-from files are compressed to a checkpoint and loaded back as a user would; synthetic ones are compressed where they are.
+Every weight bit; every logits bit of a prefill and of each decoding step; every generated id, greedy and sampled by a seed; every
+sample of lm-eval's tasks, where the model has a tokenizer. Weights from files are compressed to a checkpoint and loaded back as a
+user would; synthetic ones are compressed where they are.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from experiments import needs
 from experiments.config import Config
 from experiments.harness.api import Need, Point
 
-AXES = ("phase", "granularity", "batch_size")
+AXES = ("phase", "granularity", "batch_size", "task")
 NEW_TOKENS = 16
 PROMPTS = {1: 33, 4: 21}  # batch size: tokens of each prompt
 
+SCORES = ("acc", "word_perplexity")  # one of them a task
+
 Results = dict[tuple[str, str, int], torch.Tensor]  # launch, phase, batch size
+
+
+def inputs(cfg: Config) -> object:
+    return needs.inputs(cfg.model)
 
 
 def preflight(cfg: Config) -> Iterable[Need]:
@@ -37,35 +44,52 @@ def preflight(cfg: Config) -> Iterable[Need]:
 
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
-    if "all" in done:
-        return
     with tempfile.TemporaryDirectory() as scratch:
-        model, weights, about, compress = load(cfg, Path(scratch))
+        model, weights, about, compress, tokenizer = load(cfg, Path(scratch))
+        identity = {"weights": weights, "kernel": "fast" if cfg.device.name == "cuda" else "cpu", "mode": "exact"}
+        original = identity | {"codec": "bf16", "kernel": "-"}
+        identity |= {"codec": "dfloat11"}
+        tasks = [task for task in cfg.eval.tasks if task not in done] if tokenizer else []
+        if tasks:
+            from experiments import evaluation  # needs lm-eval
+        asked = {task: evaluation.fixture(task, Path(scratch)) if cfg.eval.fixtures else task for task in tasks}
         names = {name for name, p in model.named_parameters() if p.dim() > 1}
         bits = {name: p.detach().cpu() for name, p in model.named_parameters() if name in names}
-        expected = outputs(model, cfg)
+        expected = outputs(model, cfg) if "bits" not in done else {}
+        answered = {task: evaluation.evaluate(model, tokenizer, spec, cfg.eval.batch_size) for task, spec in asked.items()}
         model = compress(model)
-        identity = {
-            "weights": weights,
-            "codec": "dfloat11",
-            "kernel": "fast" if cfg.device.name == "cuda" else "cpu",
-            "mode": "exact",
-        }
-        rows = [identity | row for row in weight_rows(model, bits)]
-        del bits
-        for granularity in modules.GRANULARITIES:
-            modules.attach(model, granularity)
-            for (launch, phase, batch_size), got in outputs(model, cfg).items():
-                wanted = expected[launch, phase, batch_size]
-                metric = "id_mismatches" if wanted.dtype == torch.int64 else "logit_mismatches"
-                axes = {"launch": launch, "phase": phase, "granularity": granularity, "batch_size": batch_size}
-                for name, value in ((metric, differing(got, wanted)), ("compared", wanted.numel())):
-                    rows.append(identity | axes | {"metric": name, "value": value, "unit": "elements"})
-    yield Point("all", rows, about)
+        if "bits" not in done:
+            yield Point("bits", [identity | row for row in bit_rows(model, cfg, bits, expected)], about)
+        del bits, expected
+        modules.attach(model, "layer")
+        for task, spec in asked.items():
+            results = evaluation.evaluate(model, tokenizer, spec, cfg.eval.batch_size)
+            axes = {"launch": "eager", "phase": "lm_eval", "granularity": "layer", "batch_size": cfg.eval.batch_size}
+            axes |= {"task": task + (evaluation.SUFFIX if cfg.eval.fixtures else "")}
+            different, total = evaluation.sample_mismatches(answered[task], results)
+            rows = [identity | axes | {"metric": "sample_mismatches", "value": different, "unit": "samples"}]
+            rows.append(identity | axes | {"metric": "compared", "value": total, "unit": "samples"})
+            for who, one in ((original | axes | {"granularity": "-"}, answered[task]), (identity | axes, results)):
+                rows += [who | {"metric": name, "value": value, "unit": "-"} for name, value in evaluation.scores(one).items()]
+            yield Point(task, rows, about)
 
 
-def load(cfg: Config, scratch: Path) -> tuple[torch.nn.Module, str, dict[str, Any], Callable[[torch.nn.Module], torch.nn.Module]]:
-    """The uncompressed model, what its weights are and where from, and what makes the compressed one of it."""
+def bit_rows(model: torch.nn.Module, cfg: Config, bits: dict[str, torch.Tensor], expected: Results) -> Iterator[dict[str, Any]]:
+    yield from weight_rows(model, bits)
+    for granularity in modules.GRANULARITIES:
+        modules.attach(model, granularity)
+        for (launch, phase, batch_size), got in outputs(model, cfg).items():
+            wanted = expected[launch, phase, batch_size]
+            metric = "id_mismatches" if wanted.dtype == torch.int64 else "logit_mismatches"
+            axes = {"launch": launch, "phase": phase, "granularity": granularity, "batch_size": batch_size}
+            for name, value in ((metric, differing(got, wanted)), ("compared", wanted.numel())):
+                yield axes | {"metric": name, "value": value, "unit": "elements"}
+
+
+def load(
+    cfg: Config, scratch: Path
+) -> tuple[torch.nn.Module, str, dict[str, Any], Callable[[torch.nn.Module], torch.nn.Module], Any]:
+    """The uncompressed model, what its weights are and where from, what makes the compressed one of it, and its tokenizer."""
     device = cfg.device.name
     if cfg.model.source == "synthetic":
         if cfg.model.distribution != "normal":
@@ -76,7 +100,7 @@ def load(cfg: Config, scratch: Path) -> tuple[torch.nn.Module, str, dict[str, An
             return model
 
         about = {"source": "synthetic", "distribution": "transformers' initialisation", "seed": cfg.seed}
-        return hf.build(cfg.model.geometry, cfg.seed, device), "synthetic-normal", about, in_place
+        return hf.build(cfg.model.geometry, cfg.seed, device), "synthetic-normal", about, in_place, None
     source = open_source(cfg.model, cfg.seed, cfg.cache)
     assert isinstance(source, SafetensorsSource)
 
@@ -86,7 +110,8 @@ def load(cfg: Config, scratch: Path) -> tuple[torch.nn.Module, str, dict[str, An
         checkpoint.verify(scratch / "compressed", source.directory)
         return hf.load(scratch / "compressed", device)
 
-    return hf.load(source.directory, device), source.weights, source.provenance, by_checkpoint
+    tokenizer = hf.tokenizer(source.directory)
+    return hf.load(source.directory, device), source.weights, source.provenance, by_checkpoint, tokenizer
 
 
 @torch.inference_mode()
@@ -154,8 +179,12 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
-    """What was compared and how much of it differs."""
-    index = ["launch", "phase", "granularity", "batch_size"]
+    """What was compared, how much of it differs, and the scores of both."""
+    index = ["launch", "phase", "task", "granularity", "batch_size"]
     compared = rows[rows["metric"] == "compared"].set_index(index)["value"].rename("compared")
     differ = rows[rows["metric"].str.endswith("mismatches")].set_index(index)["value"].rename("differ")
-    return pd.concat([compared, differ], axis=1).reset_index()
+    out = pd.concat([compared, differ], axis=1).reset_index()
+    for codec in ("bf16", "dfloat11"):
+        own = rows[(rows["codec"] == codec) & rows["metric"].isin(SCORES)].set_index("task")["value"]
+        out[codec] = out["task"].map(own)
+    return out if out["bf16"].notna().any() else out.drop(columns=["task", "bf16", "dfloat11"])

@@ -202,3 +202,14 @@ def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     save_file({"layers.0.weight": weights["layers.0.weight"]}, tmp_path / "small" / "model.safetensors")
     assert peak("big") - peak("small") < 4 * 8_000  # kB
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "a/b"])
+def test_names_that_lead_out_of_the_directory_are_refused(compressed: Path, tmp_path: Path, name: str) -> None:
+    path = compressed / checkpoint.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["originals"][name] = "x"
+    manifest["checksum"] = checkpoint._checksum(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="do not trust"):
+        checkpoint.restore(compressed, tmp_path / "restored")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -32,20 +33,23 @@ def unpack(data: bytes) -> DFloat11Unit:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["df11"])
         arrays = safetensors.numpy.load(data)
-        shapes = tuple(tuple(int(d) for d in shape) for shape in header["shapes"])
-        stored = header.pop("stored")
+        shapes = tuple(tuple(shape) for shape in header["shapes"])
+        stored, checksum = header.pop("stored"), header["checksum"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"not a packed DFloat11 unit: {error}") from error
+    sizes = [d for shape in shapes for d in shape]
+    expect(all(type(d) is int and 0 <= d < 1 << 63 for d in sizes), "shapes: a size is not a number from 0 to 2^63")
+    expect(all(len(shape) <= 8 and math.prod(d for d in shape if d) < 1 << 63 for shape in shapes), "shapes: too large")
+    expect(isinstance(checksum, str), "checksum: not a text")
     expect(header.get("format") == "dfloat11", f"format {header.get('format')!r} is not dfloat11")
     expect(header.get("version") == VERSION, f"container version {header.get('version')!r} is not known")
     expect(stored == _checksum(arrays, header), "the stored checksum does not match: the container was altered")
     names = {"raw"} if "raw" in arrays else {"encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions"}
     expect(set(arrays) == names, f"expected the arrays {sorted(names)}, found {sorted(arrays)}")
-    expect(all(d >= 0 for shape in shapes for d in shape), f"shapes {shapes}: a negative size")
     if "raw" in arrays:
-        unit = raw_unit(shapes, arrays["raw"], header["checksum"])
+        unit = raw_unit(shapes, arrays["raw"], checksum)
     else:
-        unit = DFloat11Unit(shapes=shapes, checksum=header["checksum"], **arrays)
+        unit = DFloat11Unit(shapes=shapes, checksum=checksum, **arrays)
     DFloat11(threads=1).check(unit)
     return unit
 

@@ -80,6 +80,8 @@ class DFloat11:
     def __init__(self, max_code_length: int = MAX_CODE_LENGTH, threads: int = 0, strict: bool = False) -> None:
         if not 8 <= max_code_length <= MAX_CODE_LENGTH:
             raise ValueError(f"max_code_length={max_code_length}: the layout takes 8 to {MAX_CODE_LENGTH}")
+        if threads < 0:
+            raise ValueError(f"threads={threads}: give a number of threads, or 0 for all cores")
         self.max_code_length = max_code_length
         self.threads = threads or len(os.sched_getaffinity(0))
         self.strict = strict
@@ -127,6 +129,7 @@ class DFloat11:
         for piece in self._pieces(unit):
             out[at : at + piece.size] = piece
             at += piece.size
+        expect(at == out.size, f"{at} weights were decoded where {out.size} are stored")
         parts = np.split(out, unit.split_positions) if unit.shapes else []
         return [bits.from_bits(part, shape) for part, shape in zip(parts, unit.shapes, strict=True)]
 
@@ -197,6 +200,9 @@ class DFloat11:
         def encode_segment(item: tuple[int, np.ndarray]) -> None:
             i, segment = item
             if weight_at[i + 1] - weight_at[i] != segment.size:
+                raise ValueError("the stream is not the same in the second pass")
+            # Where codes go was computed from the first pass: other weights would be written out of bounds.
+            if not np.array_equal(bits.histogram(segment), counts[i]):
                 raise ValueError("the stream is not the same in the second pass")
             sm = sign_mantissa[weight_at[i] : weight_at[i + 1]]
             _encode_segment(segment, lengths, codes, bit_at[i], weight_at[i], words, gaps, positions, sm, edges[i])

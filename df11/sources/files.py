@@ -74,7 +74,9 @@ def _shards(path: Path) -> dict[Path, set[str]]:
         return {files[0]: set()}
     try:
         places: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError) as broken:
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError("weight_map does not name files")
+    except (ValueError, KeyError, TypeError) as broken:
         raise SourceError(f"{path / INDEX} is not an index of shards ({broken!r}): download it again") from broken
     shards: dict[Path, set[str]] = {}
     for name, file in places.items():

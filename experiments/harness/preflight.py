@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +35,7 @@ def check(needs: Iterable[Need], folder: Path, device: str) -> bool:
     while not there.exists():
         there = there.parent
     disk = shutil.disk_usage(there).free
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    memory = _available_memory()
     gpu = _gpu_memory() if device != "cpu" else 0
     wanted_disk, wanted_gpu = sum(n.disk for n in needs), max((n.gpu_memory for n in needs), default=0)
     wanted_memory = max((n.memory for n in needs), default=0)
@@ -53,6 +54,14 @@ def check(needs: Iterable[Need], folder: Path, device: str) -> bool:
         print("hub token: missing. The repository is gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN")
     print(f"about {sum(n.minutes for n in needs):.0f} minutes")
     return good
+
+
+def _available_memory() -> int:
+    """Bytes, with what the page cache would give back."""
+    found = (
+        re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M) if Path("/proc/meminfo").exists() else None
+    )
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _gpu_memory() -> int:

@@ -89,7 +89,7 @@ def gpu_state(device: str) -> str:
 
 def machine() -> dict[str, Any]:
     """CPU, cores, memory, operating system and versions. No host name."""
-    versions = {name: v for name in PACKAGES if (v := _version(name))}
+    versions = {name: v for name in PACKAGES if (v := version(name))}
     cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M) if Path("/proc/cpuinfo").exists() else None
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
@@ -101,7 +101,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

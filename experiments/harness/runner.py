@@ -25,7 +25,8 @@ from experiments.harness import preflight, provenance, sinks
 from experiments.harness.api import SCHEMA, did_you_mean
 from experiments.harness.store import Journal, ResultError, complete, promote, read_csv, to_csv, write_atomically
 
-SEMANTIC = ("experiment", "model", "codec", "bench", "device", "seed")  # the part of a config that decides a result
+PEERS = ("dfloat11", "nvidia-libnvcomp-cu13", "lm-eval")  # measured too where they are installed
+SEMANTIC = ("experiment", "model", "codec", "bench", "eval", "device", "seed")  # the part of a config that decides a result
 
 
 class UsageError(Exception):
@@ -74,11 +75,13 @@ def find(name: str | None, experiments: Mapping[str, str]) -> ModuleType:
 
 
 def run_id(config: Any, module: ModuleType, gpu: str) -> str:
-    """Hash of all that decides a result: config, code, GPU. A changed kernel is a new run."""
+    """Hash of all that decides a result: config, code, GPU, input files, packages compared with. A changed kernel is a new run."""
     semantic = {name: value for name, value in asdict(config).items() if name in SEMANTIC}
     own = Path(str(module.__file__)).resolve()
     code = provenance.hash_files([*provenance.files("df11"), *provenance.files("kernels"), own])
-    text = json.dumps([SCHEMA, semantic, code, gpu], sort_keys=True, default=str)
+    inputs = module.inputs(config) if hasattr(module, "inputs") else None
+    peers = [provenance.version(name) for name in PEERS]
+    text = json.dumps([SCHEMA, semantic, code, gpu, inputs, peers], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -103,16 +106,26 @@ def run(config: Any, schema: type, experiments: Mapping[str, str], group: str = 
     }
     folder = results / "runs" / cfg.experiment / fixed["run_id"]
     with _locked(folder):
+        source = _source()
+        if cfg.promote and source["dirty"] and not cfg.promote_anyway:
+            raise UsageError("promote=true, but the tree has uncommitted changes: commit first, or promote_anyway=true")
         if (folder / "DONE").exists() and not cfg.force:
             outcome = Outcome(cfg.experiment, cfg.model.name, "skipped", str(folder), "done before; force=true runs it again")
         else:
-            outcome = _measure(cfg, module, fixed, folder)
+            outcome = _measure(cfg, module, fixed, folder, source)
         if outcome.state in ("ok", "skipped"):
             _present(cfg, module, results, folder, group)
     return outcome
 
 
-def _measure(cfg: Any, module: ModuleType, fixed: dict[str, Any], folder: Path) -> Outcome:
+def _source() -> dict[str, Any]:
+    try:
+        return provenance.source()
+    except provenance.ProvenanceError as error:
+        raise UsageError(str(error)) from error
+
+
+def _measure(cfg: Any, module: ModuleType, fixed: dict[str, Any], folder: Path, source: dict[str, Any]) -> Outcome:
     for name in ("DONE", "ERROR.txt", *(["points.jsonl"] if cfg.force else [])):
         (folder / name).unlink(missing_ok=True)
     journal = Journal(folder)
@@ -122,7 +135,7 @@ def _measure(cfg: Any, module: ModuleType, fixed: dict[str, Any], folder: Path) 
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     record = {
-        "source": provenance.source(),
+        "source": source,
         "command": provenance.command(),
         "config": {name: value for name, value in asdict(cfg).items() if name in SEMANTIC},
         "machine": provenance.machine(),
@@ -168,7 +181,11 @@ def _present(cfg: Any, module: ModuleType, results: Path, folder: Path, group: s
     table = module.table(pd.DataFrame(rows), cfg)
     sinks.show(table, f"{cfg.experiment}, {cfg.model.name} ({rows[0]['weights']} weights)")
     if cfg.promote:
-        for change in promote(results, cfg.experiment, folder, cfg.promote_anyway):
+        try:
+            changes = promote(results, cfg.experiment, folder, cfg.promote_anyway)
+        except ResultError as error:
+            raise UsageError(str(error)) from error
+        for change in changes:
             print(f"replaced: {change}")
         print(f"promoted to {results / cfg.experiment}.csv")
     if cfg.logger.name == "wandb":

@@ -126,13 +126,21 @@ def promote(results: Path, experiment: str, run: Path, anyway: bool = False) -> 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row.get(c, NOT_APPLICABLE)) for c in order if c not in ("run_id", "value"))
 
-    before, after = {key(row): row for row in old}, {key(row): row for row in new}
+    def measured(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(c, NOT_APPLICABLE)) for c in order if c not in ("run_id", "value", "repeat"))
+
+    # All samples of what was measured again go, also where there are fewer now.
+    again = {measured(row) for row in new}
+    replaced = {key(row): row for row in old if measured(row) in again}
+    kept_rows = {key(row): row for row in old if measured(row) not in again}
+    before, after = replaced, {key(row): row for row in new}
     changes = []
     for k in before.keys() & after.keys():
         a, b = before[k]["value"], after[k]["value"]
         if a != b:
             changes.append(f"{after[k]['model']} {after[k]['metric']}: {a:.10g} -> {b:.10g}")
-    merged = sorted((before | after).items(), key=lambda item: [_sortable(part) for part in item[0]])
+    changes += [f"{row['model']} {row['metric']}: {row['value']:.10g} -> none" for k, row in before.items() if k not in after]
+    merged = sorted((kept_rows | after).items(), key=lambda item: [_sortable(part) for part in item[0]])
     write_atomically(target, to_csv([row for _, row in merged], order))
     folder = results / "provenance"
     folder.mkdir(exist_ok=True)

@@ -1,14 +1,16 @@
 """Each experiment on the tiny model, from config to table and figure."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import lm_eval
 import pandas as pd
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from experiments import losslessness
+from experiments import evaluation, losslessness
 from experiments.config import Config
 from experiments.figures import __main__ as figures
 from experiments.figures import style
@@ -147,3 +149,38 @@ def test_losslessness_counts_what_differs() -> None:
     assert losslessness.differing(a, a.clone()) == 0
     assert losslessness.differing(a, torch.tensor([1.0, 0.0, float("nan")]).bfloat16()) == 1
     assert losslessness.differing(torch.ones(2, dtype=torch.int64), torch.ones(3, dtype=torch.int64)) == 3
+
+
+def test_fixtures_have_the_hub_repositories_shape(tmp_path: Path) -> None:
+    tasks = OmegaConf.load(ROOT / "conf" / "eval" / "fixtures.yaml").tasks
+    for task in tasks:
+        config = json.loads(Path(evaluation.fixture(task, tmp_path)).read_text())
+        assert Path(config["include"]).exists() and config["task"].endswith("_fixture")
+        files = config["dataset_kwargs"]["data_files"]
+        counts = {split: len(Path(file).read_text().splitlines()) for split, file in files.items()}
+        if task.startswith("mmlu"):
+            assert counts == {"dev": 5, "test": 10}
+            rows = [json.loads(line) for line in Path(files["test"]).read_text().splitlines()]
+            assert len({row["answer"] for row in rows}) > 1 and all(len(set(row["choices"])) == 4 for row in rows)
+        if task.startswith("truthfulqa"):
+            assert counts == {"validation": 10}
+    with pytest.raises(ValueError, match="eval=hub"):
+        evaluation.fixture("mmlu_anatomy", tmp_path)
+
+
+def test_all_shipped_mmlu_subjects_resolve() -> None:
+    from lm_eval.tasks import TaskManager
+
+    tasks = TaskManager()
+    subjects = {Path(file).stem for file in (Path(lm_eval.__path__[0]) / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")}
+    assert len(subjects) == 57 and subjects <= set(tasks.all_tasks)
+    assert set(OmegaConf.load(ROOT / "conf" / "eval" / "hub.yaml").tasks) <= set(tasks.all_tasks)
+
+
+def test_samples_that_differ_are_counted() -> None:
+    def results(*answers: float) -> dict[str, object]:
+        asked = {"doc_hash": "a", "prompt_hash": "b", "target_hash": "c"}
+        return {"samples": {"t": [asked | {"resps": [[(a, False)]], "acc": 0.0} for a in answers]}}
+
+    assert evaluation.sample_mismatches(results(1.0, 2.0), results(1.0, 2.0)) == (0, 2)
+    assert evaluation.sample_mismatches(results(1.0, 2.0), results(1.0, 2.5)) == (1, 2)

@@ -174,6 +174,15 @@ def test_promotion_refuses_changed_trees_and_mixed_gpus(tmp_path: Path) -> None:
     assert len(store.read_csv(tmp_path / "toy.csv")) == 2
 
 
+def test_promotion_leaves_no_samples_of_the_run_before(tmp_path: Path) -> None:
+    run = finished(tmp_path, "r1")
+    rows = store.read_csv(run / "rows.csv")
+    (run / "rows.csv").write_text(store.to_csv([rows[0] | {"repeat": n} for n in range(3)], list(rows[0])))
+    store.promote(tmp_path, "toy", run)
+    assert store.promote(tmp_path, "toy", finished(tmp_path, "r2", value=9)) == ["m time: 1.5 -> 9"] + ["m time: 1.5 -> none"] * 2
+    assert [row["value"] for row in store.read_csv(tmp_path / "toy.csv")] == [9]
+
+
 def test_load_all_reads_finished_runs_only(toy: Callable[..., runner.Outcome], tmp_path: Path) -> None:
     toy()
     (Path(toy(seed=1).folder) / "DONE").unlink()

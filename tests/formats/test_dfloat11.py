@@ -1,7 +1,9 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,6 +140,29 @@ def test_positions_of_64_bits_decode_too() -> None:
     unit = DFloat11().encode_tensors([weights(100_000)])
     wide = dataclasses.replace(unit, output_positions=unit.output_positions.astype(np.uint64))
     assert same_bits(DFloat11().decode(wide)[0], weights(100_000))
+
+
+def test_other_weights_in_the_second_pass_are_refused_before_they_are_written() -> None:
+    passes = iter([np.where(np.arange(1 << 18) < 9, 100, 120) << 7, np.full(1 << 18, 100) << 7])
+    with pytest.raises(ValueError, match="second pass"):
+        DFloat11(threads=1).encode(lambda: [bits.from_bits(next(passes).astype(np.uint16), (1 << 18,))], [(1 << 18,)])
+
+
+def test_a_negative_number_of_threads_is_refused() -> None:
+    with pytest.raises(ValueError, match="threads=-1"):
+        DFloat11(threads=-1)
+
+
+@pytest.mark.parametrize("shapes", ["[[Infinity]]", "[[1e3]]", "[[10, true]]", f"[[{2**70}, 0]]", f"[[{2**40}, {2**40}]]", "[7]"])
+def test_hostile_shapes_with_a_right_checksum_are_named(shapes: str) -> None:
+    header = {"format": "dfloat11", "version": container.VERSION, "shapes": json.loads(shapes), "checksum": ""}
+    arrays = {"raw": np.zeros(0, np.uint16)}
+    header["stored"] = container._checksum(arrays, header)
+    with pytest.raises(FormatError):
+        container.unpack(safetensors.numpy.save(arrays, {"df11": json.dumps(header)}))
+    del header["checksum"]
+    with pytest.raises(FormatError):
+        container.unpack(safetensors.numpy.save(arrays, {"df11": json.dumps(header)}))
 
 
 def test_a_stream_that_changes_or_does_not_fit_is_refused() -> None:
