@@ -16,6 +16,7 @@ import torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SUFFIX = "_fixture"
+UNITS = {"acc": "fraction", "word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
 
 
 def mmlu_rows(subject: str) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def scores(results: dict[str, Any]) -> dict[str, float]:
     """Metrics of the task: acc, word_perplexity ..."""
     (found, *_) = results["results"].values()
     numbers = {name.split(",")[0]: value for name, value in found.items() if isinstance(value, float | int)}
-    return {name: float(value) for name, value in numbers.items() if "stderr" not in name and name not in ("sample_len", "alias")}
+    return {name: float(value) for name, value in numbers.items() if name in UNITS}
 
 
 def sample_mismatches(a: dict[str, Any], b: dict[str, Any]) -> tuple[int, int]:

@@ -70,7 +70,8 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
             rows = [identity | axes | {"metric": "sample_mismatches", "value": different, "unit": "samples"}]
             rows.append(identity | axes | {"metric": "compared", "value": total, "unit": "samples"})
             for who, one in ((original | axes | {"granularity": "-"}, answered[task]), (identity | axes, results)):
-                rows += [who | {"metric": name, "value": value, "unit": "-"} for name, value in evaluation.scores(one).items()]
+                values = evaluation.scores(one)
+                rows += [who | {"metric": name, "value": values[name], "unit": evaluation.UNITS[name]} for name in values]
             yield Point(task, rows, about)
 
 

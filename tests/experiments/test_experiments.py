@@ -184,3 +184,26 @@ def test_samples_that_differ_are_counted() -> None:
 
     assert evaluation.sample_mismatches(results(1.0, 2.0), results(1.0, 2.0)) == (0, 2)
     assert evaluation.sample_mismatches(results(1.0, 2.0), results(1.0, 2.5)) == (1, 2)
+
+
+@pytest.mark.slow
+def test_losslessness_with_lm_eval(rows: Callable[..., pd.DataFrame], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["<s>", *alphabet])}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<s>"])
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=512, **special)
+    monkeypatch.setattr(losslessness.hf, "tokenizer", lambda directory: tokenizer)
+    tasks = "[mmlu_astronomy,truthfulqa_mc2,c4]"
+    table = rows("experiment=losslessness", "eval=fixtures", f"eval.tasks={tasks}", "eval.batch_size=16")
+    asked = table[table["phase"] == "lm_eval"]
+    assert set(asked["task"]) == {"mmlu_astronomy_fixture", "truthfulqa_mc2_fixture", "c4_fixture"}
+    different = asked[asked["metric"] == "sample_mismatches"]
+    assert len(different) == 3 and (different["value"] == 0).all()
+    scores = asked[asked["metric"].isin(losslessness.SCORES)].pivot(index="task", columns="codec", values="value")
+    assert len(scores) == 3 and (scores["bf16"] == scores["dfloat11"]).all()
