@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from df11 import __version__, checkpoint, gpu
-from df11.formats import FormatError
+from df11 import __version__, checkpoint, gpu, released_checkpoint
+from df11.formats import FormatError, UnsupportedBits
 from df11.sources import SourceError, require_models_extra
 
 EXAMPLES = """examples:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
-    except (checkpoint.CheckpointError, FormatError, SourceError, OSError) as error:
+    except (checkpoint.CheckpointError, FormatError, UnsupportedBits, SourceError, OSError) as error:
         print(f"df11 {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--exclude", action="append", default=[], metavar="PATTERN", help="leave tensors of such names as they are"
     )
     compress.add_argument("--threads", type=int, default=0, help="default: all cores")
+    compress.add_argument("--released", action="store_true", help="write the layout of the released package dfloat11 instead")
     compress.set_defaults(run=_compress)
     info = commands.add_parser("info", help="sizes, and what is compressed and what is not")
     info.add_argument("directory", type=Path)
@@ -70,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("directory", type=Path)
     verify.add_argument("--original", type=Path, help="compare with this original, bit for bit")
     verify.set_defaults(run=_verify)
-    restore = commands.add_parser("restore", help="give back the original checkpoint, the same bytes")
+    restore = commands.add_parser(
+        "restore", help="give back the original checkpoint; also of the released package's (DFloat11/...-DF11)"
+    )
     restore.add_argument("directory", type=Path)
     restore.add_argument("target", type=Path)
     restore.set_defaults(run=_restore)
@@ -91,6 +94,13 @@ def _size(directory: Path) -> int:
 
 
 def _compress(options: argparse.Namespace) -> None:
+    if options.released:
+        if options.include or options.exclude:
+            raise checkpoint.CheckpointError("--include and --exclude do not go with --released, whose units are whole blocks")
+        with _progress("compressing", _size(options.source)) as progress:
+            released_checkpoint.write(options.source, options.target, options.threads, progress)
+        print(f"{options.target}: {_size(options.target) / 1e9:.4g} GB of {_size(options.source) / 1e9:.4g}")
+        return
     loadable = None
     if (options.source / "config.json").exists():
         require_models_extra("transformers")
@@ -141,6 +151,14 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _restore(options: argparse.Namespace) -> None:
+    if released_checkpoint.is_released(options.directory):
+        require_models_extra("transformers")
+        from df11 import hf
+
+        with _progress("restoring", _size(options.directory)) as progress:
+            released_checkpoint.restore(options.directory, options.target, hf.parameter_shapes(options.directory), progress)
+        print(f"restored to {options.target}")
+        return
     with _progress("restoring", sum(r["original"] for r in checkpoint.summary(options.directory))) as progress:
         checkpoint.restore(options.directory, options.target, progress)
     print(f"restored to {options.target}")

@@ -54,6 +54,11 @@ def _build(geometry: Mapping[str, Any]) -> transformers.PreTrainedModel:
 
 def parameter_names(directory: Path) -> set[str]:
     """Names that a checkpoint's model has as parameters. The checkpoint may hold others, which transformers merges on loading."""
+    return set(parameter_shapes(directory))
+
+
+def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of the model that config.json describes, tied ones under each of their names."""
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
         (architecture,) = config.architectures
@@ -64,7 +69,7 @@ def parameter_names(directory: Path) -> set[str]:
             f"{directory / 'config.json'} is of no model that transformers {transformers.__version__} knows ({unknown}):"
             " update it, or take config.json away to compress every matrix by its shape"
         ) from unknown
-    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 @register_quantization_config(QUANT_METHOD)

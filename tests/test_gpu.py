@@ -1,7 +1,11 @@
 """The kernels on a GPU against the CPU format: `make gpu-test`."""
 
+import contextlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -348,3 +352,51 @@ def test_a_model_over_two_gpus(llama: tuple[Path, Path]) -> None:
     with torch.inference_mode():
         logits = [AutoModelForCausalLM.from_pretrained(d, device_map=places, dtype=torch.bfloat16)(ids).logits for d in llama]
     assert same_bits(*logits)
+
+
+@pytest.fixture
+def package() -> ModuleType:
+    """The released package itself. Its imports are of their time: pkg_resources, and no_init_weights of transformers 4."""
+    import transformers.modeling_utils
+
+    if importlib.util.find_spec("pkg_resources") is None:
+        stub = ModuleType("pkg_resources")
+        stub.resource_filename = lambda name, file: str(released._folder() / file)  # type: ignore[attr-defined]
+        sys.modules["pkg_resources"] = stub
+    if not hasattr(transformers.modeling_utils, "no_init_weights"):
+        transformers.modeling_utils.no_init_weights = contextlib.nullcontext
+    return importlib.import_module("dfloat11")
+
+
+PATTERNS = {
+    r"model\.embed_tokens": [],
+    r"model\.layers\.\d+": [*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in ("gate", "up", "down"))],
+    "lm_head": [],
+}
+
+
+@pytest.mark.skipif(not released.is_installed(), reason="needs the released package")
+def test_the_released_package_loads_our_checkpoint(llama: tuple[Path, Path], tmp_path: Path, package: ModuleType) -> None:
+    from df11 import hf, released_checkpoint
+
+    released_checkpoint.write(llama[0], tmp_path / "ours")
+    ids = torch.arange(3, 103, device="cuda").view(2, 50)
+    with torch.inference_mode():
+        original = hf.load(llama[0], "cuda")
+        theirs = package.DFloat11Model.from_pretrained(str(tmp_path / "ours"), device="cuda")
+        assert same_bits(theirs(ids).logits, original(ids).logits)
+        assert same_bits(theirs.lm_head.weight, original.lm_head.weight)
+
+
+@pytest.mark.skipif(not released.is_installed(), reason="needs the released package")
+def test_we_load_what_the_released_package_makes(llama: tuple[Path, Path], tmp_path: Path, package: ModuleType) -> None:
+    from df11 import hf, released_checkpoint
+    from df11.sources import SafetensorsSource
+
+    source = SafetensorsSource(llama[0])
+    package.compress_model(hf.load(llama[0], "cpu"), PATTERNS, str(tmp_path / "theirs"), save_single_file=True)
+    shapes = {info.name: info.shape for info in source.tensors()}
+    released_checkpoint.restore(tmp_path / "theirs", tmp_path / "back", shapes)
+    back = SafetensorsSource(tmp_path / "back")
+    assert {info.name for info in back.tensors()} == shapes.keys()
+    assert all(same_bits(back.read(name), source.read(name)) for name in shapes)

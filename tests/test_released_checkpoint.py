@@ -1,0 +1,105 @@
+"""Checkpoints of the released package: read as its encoder makes them, written as it reads them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from df11 import cli, released, released_checkpoint
+from df11.checkpoint import CheckpointError
+from df11.formats import FormatError
+from df11.sources import SafetensorsSource
+
+LAYERS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+PATTERNS = {r"model\.embed_tokens": [], r"model\.layers\.\d+": LAYERS, "lm_head": []}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "original"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 90, "head_dim": 8}
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=4, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    return {info.name: info.shape for info in SafetensorsSource(directory).tensors()}
+
+
+def released_directory(original: Path, target: Path, single_file: bool) -> Path:
+    """What the package's `compress_model` leaves, with the streams of its own encoder."""
+    target.mkdir()
+    state = load_file(original / "model.safetensors")
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for module in ("model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"):
+        names = [f"{module}.{path}.weight" for path in LAYERS] if "layers" in module else [f"{module}.weight"]
+        unit, _ = released.encode([state.pop(name) for name in names])
+        arrays = {f"{module}.{key}": torch.from_numpy(array) for key, array in unit.arrays.items()}
+        arrays[f"{module}.output_positions"] = arrays[f"{module}.output_positions"].view(torch.uint8)
+        files["model" if single_file else module.replace(".", "_")] = files.get("model", {}) | arrays
+    files["model"] = files.get("model", {}) | state
+    for name, tensors in files.items():
+        save_file(tensors, target / f"{name}.safetensors")
+    config = json.loads((original / "config.json").read_text())
+    config["dfloat11_config"] = {"version": "0.5.0", "threads_per_block": [512], "bytes_per_thread": 8, "pattern_dict": PATTERNS}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def everything(directory: Path) -> dict[str, torch.Tensor]:
+    source = SafetensorsSource(directory)
+    return {info.name: source.read(info.name) for info in source.tensors()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k].view(torch.int16), b[k].view(torch.int16)) for k in a)
+
+
+@pytest.mark.skipif(not released.is_installed(), reason="needs the released package")
+@pytest.mark.parametrize("single_file", [False, True])
+def test_released_checkpoints_come_back(original: Path, tmp_path: Path, single_file: bool) -> None:
+    theirs = released_directory(original, tmp_path / "theirs", single_file)
+    assert released_checkpoint.is_released(theirs) and not released_checkpoint.is_released(original)
+    released_checkpoint.restore(theirs, tmp_path / "back", shapes(original))
+    assert same(everything(tmp_path / "back"), everything(original))
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((original / "config.json").read_text())
+
+
+@pytest.mark.skipif(not released.is_installed(), reason="needs the released package")
+def test_ours_have_the_files_keys_and_dtypes_of_theirs(original: Path, tmp_path: Path) -> None:
+    theirs = released_directory(original, tmp_path / "theirs", single_file=False)
+    released_checkpoint.write(original, tmp_path / "ours")
+    for file in theirs.glob("*.safetensors"):
+        a, b = load_file(file), load_file(tmp_path / "ours" / file.name)
+        assert {key: tensor.dtype for key, tensor in a.items()} == {key: tensor.dtype for key, tensor in b.items()}
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())["dfloat11_config"]
+    assert config["threads_per_block"] == [512] and config["bytes_per_thread"] == 8
+    released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(original))
+    assert same(everything(tmp_path / "back"), everything(original))
+
+
+def test_what_does_not_fit_is_named(original: Path, tmp_path: Path) -> None:
+    released_checkpoint.write(original, tmp_path / "ours")
+    wrong = shapes(original) | {"lm_head.weight": (90, 31)}
+    with pytest.raises(FormatError, match=r"lm_head in .*lm_head\.safetensors"):
+        released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", wrong)
+    with pytest.raises(CheckpointError, match="which the model does not have"):
+        released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", {})
+    file = tmp_path / "ours" / "lm_head.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(original))
+    with pytest.raises(CheckpointError, match="exists already"):
+        released_checkpoint.write(original, tmp_path / "ours")
+
+
+def test_the_command_line(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compress", str(original), str(tmp_path / "theirs"), "--released"]) == 0
+    assert cli.main(["restore", str(tmp_path / "theirs"), str(tmp_path / "back")]) == 0
+    assert same(everything(tmp_path / "back"), everything(original))
+    assert cli.main(["compress", str(original), str(tmp_path / "x"), "--released", "--exclude", "*"]) == 1
+    assert "whole blocks" in capsys.readouterr().err
