@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import xxhash
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from df11.checkpoint import QUANT_METHOD, VERSION
-from df11.modules import PARTS, attach, compress_, compressed_parameters, prepare, tie
+from df11.modules import PARTS, attach, compress_, compressed_parameters, prepare, share, tie
 from df11.sources.files import SafetensorsSource
 from df11.sources.model import SourceError, TensorInfo
 
@@ -154,11 +156,30 @@ class DF11Quantizer(HfQuantizer):
         return False
 
 
-def build(geometry: Mapping[str, Any], seed: int, device: str) -> transformers.PreTrainedModel:
-    """A bf16 model with transformers' own random initialisation, made on the device."""
-    with torch.random.fork_rng(devices=None if device == "cuda" else []), torch.device(device):
-        torch.manual_seed(seed)
+def build(
+    geometry: Mapping[str, Any], seed: int, device: str, finish: Callable[[nn.Module], object] = lambda module: None
+) -> transformers.PreTrainedModel:
+    """A bf16 model with transformers' own random initialisation, made on the device module by module.
+
+    A module's weights depend on the seed and its name alone. `finish` gets each module as soon as its own weights are there, and
+    may compress them or move them away: so a model may be larger than the device's memory. Tied weights are made once.
+    """
+    with torch.device("meta"):
         model = _build(geometry)
+    initialise: Callable[[nn.Module], None] = model._init_weights
+    made: dict[int, tuple[nn.Module, str]] = {}
+    with torch.random.fork_rng(devices=None if device == "cuda" else []):
+        for name, module in model.named_modules():
+            shared = {leaf: made[id(p)] for leaf, p in module._parameters.items() if id(p) in made}
+            for leaf in shared:
+                del module._parameters[leaf]
+            made |= {id(p): (module, leaf) for leaf, p in module._parameters.items() if p is not None}
+            module.to_empty(device=device, recurse=False)
+            torch.manual_seed(xxhash.xxh3_64_intdigest(f"{seed} {name}".encode()) >> 1)
+            initialise(module)
+            finish(module)
+            for leaf, (holder, source) in shared.items():
+                share(module, leaf, holder, source)
     model.train(False)
     return model
 

@@ -88,34 +88,49 @@ def tie(module: nn.Module, name: str, source: CompressedParameter) -> None:
     module.__dict__.setdefault("_df11", {})[name] = source
 
 
+def share(module: nn.Module, name: str, holder: nn.Module, source: str) -> None:
+    """Let a module's parameter be the holder's, compressed or not."""
+    if compressed := compressed_parameters(holder).get(source):
+        tie(module, name, compressed)
+    else:
+        module._parameters[name] = holder._parameters[source]
+
+
 def compress_(model: nn.Module, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> list[str]:
     """Compress a model's bf16 matrices in place, where they are, each as a unit of its own. Returns their names.
 
     Weights that have no code (Inf, NaN, 2^113 and more) stay as they are. Tied parameters are compressed once.
     """
-    from df11.checkpoint import selected
-
-    done: dict[int, CompressedParameter] = {}
+    done: dict[int, tuple[nn.Module, str]] = {}
     names = []
     for prefix, module in list(model.named_modules()):
         for name, parameter in list(module._parameters.items()):
-            full = f"{prefix}.{name}" if prefix else name
-            if parameter is None or not selected(full, parameter.dtype == torch.bfloat16, tuple(parameter.shape), include, exclude):
-                continue
-            if id(parameter) in done:
-                tie(module, name, done[id(parameter)])
-                continue
-            unit = encode([parameter.detach()])
-            if unit.raw is not None:
-                continue
-            sizes = {part: tuple(getattr(unit, part).shape) for part in ("encoded_exponent", *PARTS)}
-            prepare(module, name, sizes)
-            module._buffers[name] = unit.encoded_exponent
-            for part in PARTS:
-                array = getattr(unit, part)
-                module._buffers[f"{name}_{part}"] = array.view(torch.uint32) if part == "output_positions" else array
-            done[id(parameter)] = compressed_parameters(module)[name]
-            names.append(full)
+            if parameter is not None and id(parameter) in done:
+                share(module, name, *done[id(parameter)])
+        before = dict(module._parameters)
+        names += compress_own_(module, prefix, include, exclude)
+        done |= {id(before[name]): (module, name) for name in compressed_parameters(module) if name in before}
+    return names
+
+
+def compress_own_(module: nn.Module, prefix: str = "", include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> list[str]:
+    """Compress a module's own bf16 matrices as `compress_` does, not its children's."""
+    from df11.checkpoint import selected
+
+    names = []
+    for name, parameter in list(module._parameters.items()):
+        full = f"{prefix}.{name}" if prefix else name
+        if parameter is None or not selected(full, parameter.dtype == torch.bfloat16, tuple(parameter.shape), include, exclude):
+            continue
+        unit = encode([parameter.detach()])
+        if unit.raw is not None:
+            continue
+        prepare(module, name, {part: tuple(getattr(unit, part).shape) for part in ("encoded_exponent", *PARTS)})
+        module._buffers[name] = unit.encoded_exponent
+        for part in PARTS:
+            array = getattr(unit, part)
+            module._buffers[f"{name}_{part}"] = array.view(torch.uint32) if part == "output_positions" else array
+        names.append(full)
     return names
 
 

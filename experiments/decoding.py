@@ -1,0 +1,86 @@
+"""Greedy decoding step by step with a static cache, for the experiments that time it: eager, or one CUDA graph replayed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+
+LAUNCHES = ("eager", "graph")
+
+
+class Decoder:
+    """Decodes `batch_size` sequences of at most `length` tokens, prompt included. All memory is taken at construction and at the
+    first prefill; a graph is captured at the first step after it."""
+
+    def __init__(self, model: transformers.PreTrainedModel, batch_size: int, length: int, launch: str = "eager") -> None:
+        if launch not in LAUNCHES:
+            raise ValueError(f"launch={launch!r}: choose one of {', '.join(LAUNCHES)}")
+        self.model = model
+        self.launch = launch
+        self.length = length
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+        self.device = next(model.parameters()).device
+        self.ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # the latest token of each sequence
+        self.logits = torch.empty(0)  # bf16 [batch_size, vocabulary] of the latest position
+        # transformers 5.23 renamed it
+        self._keyword = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        window = min((layer.max_cache_len for layer in self.cache.layers), default=length)
+        if launch == "graph" and window < length:
+            raise ValueError(f"length={length}: a sliding window of {window} tokens can be decoded in a graph up to its end only")
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.inference_mode()
+    def prefill(self, prompt: torch.Tensor) -> None:
+        """Start anew with int64 [batch_size, tokens]."""
+        self.cache.reset()
+        self._forward(prompt)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token more for each sequence, asynchronously."""
+        if self.launch == "eager":
+            self._forward(self.ids)
+            return
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+
+    def tokens(self, prompt: torch.Tensor, count: int) -> torch.Tensor:
+        """The next `count` ids of each sequence, int64 [batch_size, count]."""
+        self.prefill(prompt)
+        found = [self.ids.clone()]
+        for _ in range(count - 1):
+            self.step()
+            found.append(self.ids.clone())
+        return torch.cat(found, 1)
+
+    def _forward(self, ids: torch.Tensor) -> None:
+        logits = self.model(ids, logits_to_keep=1, **{self._keyword: self.cache}).logits[:, -1]
+        if self.logits.shape == logits.shape:
+            self.logits.copy_(logits)  # in place: a graph writes where it was captured
+        else:
+            self.logits = logits.clone()
+        self.ids.copy_(logits.argmax(-1, keepdim=True))
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Capture a step. The step before it, which loads what is loaded lazily, is taken back."""
+        state: list[tuple[torch.Tensor, torch.Tensor]] = [(tensor, tensor.clone()) for tensor in self._state()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._forward(self.ids)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, before in state:
+            tensor.copy_(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._forward(self.ids)
+        return graph
+
+    def _state(self) -> list[torch.Tensor]:
+        """What a step changes besides keys and values behind the end, which nothing reads before they are written again."""
+        layers: list[Any] = self.cache.layers
+        return [self.ids, *(layer.cumulative_length for layer in layers)]

@@ -1,0 +1,47 @@
+"""Step-by-step decoding against transformers' own generate, and models that are made compressed."""
+
+import pytest
+import torch
+
+from df11 import hf, modules
+from experiments.decoding import Decoder
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300, "head_dim": 16}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = torch.arange(3, 13).view(2, 5)
+
+
+def geometry(tied: bool) -> dict[str, object]:
+    """With a scaled embedding and two kinds of layers, whose buffers must be made too."""
+    names = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    return {**names, **SIZES, **HEADS, "tie_word_embeddings": tied}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_made_compressed_decodes_as_the_original(tied: bool) -> None:
+    original = hf.build(geometry(tied), 1, "cpu")
+    model = hf.build(geometry(tied), 1, "cpu", modules.compress_own_)
+    assert not [name for name, p in model.named_parameters() if p.dim() > 1]
+    modules.attach(model)
+    ids = Decoder(original, 2, 20).tokens(IDS, 8)
+    assert torch.equal(Decoder(model, 2, 20).tokens(IDS, 8), ids)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(original.generate(IDS, **settings)[:, IDS.shape[1] :], ids)
+
+
+def test_a_second_prefill_starts_anew() -> None:
+    decoder = Decoder(hf.build(geometry(True), 1, "cpu"), 2, 20)
+    assert torch.equal(decoder.tokens(IDS, 8), decoder.tokens(IDS, 8))
+
+
+def test_weights_depend_on_the_seed() -> None:
+    a, b, c = (hf.build(geometry(False), seed, "cpu").lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_what_cannot_be_decoded_is_refused() -> None:
+    model = hf.build(geometry(True) | {"sliding_window": 8}, 1, "cpu")
+    with pytest.raises(ValueError, match="sliding window of 8 tokens"):
+        Decoder(model, 1, 20, "graph")
+    with pytest.raises(ValueError, match="eager, graph"):
+        Decoder(model, 1, 20, "fast")
