@@ -25,6 +25,11 @@ class BenchConfig:
     repeats: int = 5
     threads: list[int] = field(default_factory=lambda: [1])
     shapes: list[list[int]] = field(default_factory=list)  # rows, columns of weight matrices [out, in]
+    batch_size: Any = 1  # a number, or a list of them: one job, a row each
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [int(size) for size in (self.batch_size if isinstance(self.batch_size, list) else [self.batch_size])]
 
 
 @dataclass
