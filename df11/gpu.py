@@ -10,8 +10,10 @@ import atexit
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +42,10 @@ RULES = {  # dtype and alignment of what a decoder takes
     "table": (torch.int32, 16),
     "out": (torch.bfloat16, 16),
 }
+NAMES = ("luts", "encoded_exponent", "sign_mantissa", "gaps", "output_positions", "out", "table")  # as df11::Unit has them
+UNIT = "PPPPPPqqi"  # df11::Unit in struct's letters
+PART = struct.Struct(f"{UNIT}4xPii")  # Part of decode_fast.cu
+MAX_PARTS = 40  # of a launch
 ENCODE_TILE = 4096  # weights a thread block of kernels/encode.cu
 ENCODE_THREADS = 256
 
@@ -142,14 +148,15 @@ class Device:
         """A function of somebody else's cubin or PTX."""
         self.context.push()
         try:
-            self._modules[str(path)] = module = self._driver.module_from_file(str(path))
-            function = module.get_function(name)
+            if str(path) not in self._modules:
+                self._modules[str(path)] = self._driver.module_from_file(str(path))
+            function = self._modules[str(path)].get_function(name)
             function.prepare(arguments)
             return Kernel(function, (threads, 1, 1), shared)
         finally:
             self.context.pop()
 
-    def launch(self, kernel: Kernel, blocks: int, *arguments: int) -> None:
+    def launch(self, kernel: Kernel, blocks: int, *arguments: int | bytes) -> None:
         """Launch on torch's current stream of this device.
 
         PyCUDA cannot take a foreign stream, only the default one: any other is forked to a stream of PyCUDA's and joined again,
@@ -240,39 +247,60 @@ def _check(tensors: dict[str, torch.Tensor], index: int) -> None:
 
 
 def decompress(
-    encoded_exponent: torch.Tensor,
-    sign_mantissa: torch.Tensor,
-    luts: torch.Tensor,
-    gaps: torch.Tensor,
-    output_positions: torch.Tensor,
-    table: torch.Tensor,
-    out: torch.Tensor,
+    encoded_exponent: Sequence[torch.Tensor],
+    sign_mantissa: Sequence[torch.Tensor],
+    luts: Sequence[torch.Tensor],
+    gaps: Sequence[torch.Tensor],
+    output_positions: Sequence[torch.Tensor],
+    table: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
     decoder: str = "fast",
 ) -> None:
-    """Decode one unit of the published layout into `out`, asynchronously.
+    """Decode units of the published layout into `out`, asynchronously; `fast` decodes up to 40 of them by one launch.
 
-    uint8[bytes], uint8[n], uint8[tables + 1, 256], uint8[320 blocks], int32[blocks + 1] (the bits of uint32), int32[TABLE_WORDS]
-    from `build_table`, bf16 of n elements, all contiguous and on one GPU; encoded_exponent and out start at multiples of 16 bytes,
-    sign_mantissa of 8. The arrays are trusted to fit each other (`DFloat11.check`): unsound ones give wrong weights, but nothing
-    is read or written outside of them.
+    A unit: uint8[bytes], uint8[n], uint8[tables + 1, 256], uint8[320 blocks], int32[blocks + 1] (the bits of uint32),
+    int32[TABLE_WORDS] from `build_table`, bf16 of n elements, all contiguous and all units on one GPU; encoded_exponent and out
+    start at multiples of 16 bytes, sign_mantissa of 8. The arrays are trusted to fit each other (`DFloat11.check`): unsound ones
+    give wrong weights, but nothing is read or written outside of them.
     """
-    index = out.get_device()
-    if index < 0:
-        raise ValueError(f"out is on {out.device}: a CUDA tensor is needed")
     if decoder not in DECODERS:
         raise ValueError(f"no decoder {decoder!r}: there are {', '.join(DECODERS)}")
-    names = ("luts", "encoded_exponent", "sign_mantissa", "gaps", "output_positions", "out", "table")
-    given = (luts, encoded_exponent, sign_mantissa, gaps, output_positions, out, table)
-    _check(dict(zip(names, given, strict=True)), index)
-    n, size = out.numel(), encoded_exponent.numel()
-    blocks = -(-size // BLOCK_BYTES)
-    if n == 0 or blocks == 0:
+    units: list[tuple[int, tuple[int, ...]]] = []  # blocks of the stream, and the fields of df11::Unit and the table
+    for given in zip(luts, encoded_exponent, sign_mantissa, gaps, output_positions, out, table, strict=True):
+        index = out[0].get_device()
+        if index < 0:
+            raise ValueError(f"out is on {out[0].device}: a CUDA tensor is needed")
+        _check(dict(zip(NAMES, given, strict=True)), index)
+        size = given[1].numel()
+        if size:
+            addresses = [tensor.data_ptr() for tensor in given]
+            units.append((-(-size // BLOCK_BYTES), (*addresses[:6], size, given[5].numel(), given[0].shape[0] - 1, addresses[6])))
+    if not units:
         return
     gpu = device(index)
-    loaded = gpu.kernel(f"decode_{decoder}", f"decode_{decoder}", "PPPPPPqqi" + ("P" if decoder == "fast" else ""))
-    grid = min(blocks, gpu.processors * loaded.blocks_per_sm) if loaded.blocks_per_sm else blocks
-    addresses = [tensor.data_ptr() for tensor in given]
-    gpu.launch(loaded, grid, *addresses[:6], size, n, luts.shape[0] - 1, *(addresses[6:] if decoder == "fast" else ()))
+    if decoder == "paper":
+        loaded = gpu.kernel("decode_paper", "decode_paper", UNIT)
+        for blocks, fields in units:
+            gpu.launch(loaded, blocks, *fields[:-1])
+        return
+    loaded = gpu.kernel("decode_fast", "decode_fast", f"{PART.size * MAX_PARTS}s")
+    for start in range(0, len(units), MAX_PARTS):
+        some = units[start : start + MAX_PARTS]
+        counts = share_out([blocks for blocks, _ in some], gpu.processors * loaded.blocks_per_sm)
+        packed, first = b"", 0
+        for count, (_, fields) in zip(counts, some, strict=True):
+            packed += PART.pack(*fields, first, count)
+            first += count
+        nothing = PART.pack(*(0,) * 10, np.iinfo(np.int32).max, 0)
+        gpu.launch(loaded, first, packed + nothing * (MAX_PARTS - len(some)))
+
+
+def share_out(blocks: Sequence[int], workers: int) -> list[int]:
+    """Thread blocks for each unit, as equal in the stream blocks that each has to do as `workers` in all allow; at least one."""
+    most = max(1, sum(blocks) // max(1, workers))
+    while sum(-(-b // most) for b in blocks) > max(workers, len(blocks)):
+        most += 1
+    return [-(-b // most) for b in blocks]
 
 
 def build_table(luts: torch.Tensor) -> torch.Tensor:

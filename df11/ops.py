@@ -2,13 +2,14 @@
 
     torch.ops.df11.decompress(encoded_exponent, sign_mantissa, luts, gaps, output_positions, table, out, decoder="fast")
 
-writes the bf16 weights of a unit of the published layout to `out`; on a GPU by the kernels (df11/gpu.py, where dtypes, shapes and
-alignments stand), on the CPU by the format's decoder, which needs no table. Nothing is allocated on the device: `out` and the
-table come from the caller.
+takes lists, an element a unit of the published layout, and writes the bf16 weights of each to its `out`; on a GPU by the kernels
+(df11/gpu.py, where dtypes, shapes and alignments stand), on the CPU by the format's decoder, which needs no table. Nothing is
+allocated on the device: `out` and the tables come from the caller.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +19,22 @@ from df11.formats.dfloat11 import DFloat11, DFloat11Unit, raw_unit
 
 torch.library.define(
     "df11::decompress",
-    "(Tensor encoded_exponent, Tensor sign_mantissa, Tensor luts, Tensor gaps, Tensor output_positions, Tensor table,"
-    ' Tensor(a!) out, str decoder="fast") -> ()',
+    "(Tensor[] encoded_exponent, Tensor[] sign_mantissa, Tensor[] luts, Tensor[] gaps, Tensor[] output_positions, Tensor[] table,"
+    ' Tensor(a!)[] out, str decoder="fast") -> ()',
 )
+# The CUDA implementation is in df11/gpu.py with its arguments in the same order.
 torch.library.impl("df11::decompress", "CUDA")(gpu.decompress)
 
 
 @torch.library.register_fake("df11::decompress")
 def _decompress_fake(
-    encoded_exponent: torch.Tensor,
-    sign_mantissa: torch.Tensor,
-    luts: torch.Tensor,
-    gaps: torch.Tensor,
-    output_positions: torch.Tensor,
-    table: torch.Tensor,
-    out: torch.Tensor,
+    encoded_exponent: Sequence[torch.Tensor],
+    sign_mantissa: Sequence[torch.Tensor],
+    luts: Sequence[torch.Tensor],
+    gaps: Sequence[torch.Tensor],
+    output_positions: Sequence[torch.Tensor],
+    table: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
     decoder: str = "fast",
 ) -> None:
     return None
@@ -40,29 +42,34 @@ def _decompress_fake(
 
 @torch.library.impl("df11::decompress", "CPU")
 def _decompress_cpu(
-    encoded_exponent: torch.Tensor,
-    sign_mantissa: torch.Tensor,
-    luts: torch.Tensor,
-    gaps: torch.Tensor,
-    output_positions: torch.Tensor,
-    table: torch.Tensor,
-    out: torch.Tensor,
+    encoded_exponent: Sequence[torch.Tensor],
+    sign_mantissa: Sequence[torch.Tensor],
+    luts: Sequence[torch.Tensor],
+    gaps: Sequence[torch.Tensor],
+    output_positions: Sequence[torch.Tensor],
+    table: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
     decoder: str = "fast",
 ) -> None:
-    if out.dtype != torch.bfloat16 or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous bfloat16, it is {out.dtype} with strides {out.stride()}")
-    unit = DFloat11Unit(
-        shapes=(tuple(out.shape),),
-        encoded_exponent=encoded_exponent.numpy(),
-        sign_mantissa=sign_mantissa.numpy(),
-        luts=luts.numpy(),
-        gaps=gaps.numpy(),
-        output_positions=output_positions.numpy().view("uint32"),
-    )
-    flat, at = out.view(-1), 0
-    for piece in DFloat11().stream(unit):
-        flat[at : at + piece.numel()] = piece
-        at += piece.numel()
+    given = (encoded_exponent, sign_mantissa, luts, gaps, output_positions, out)
+    for stream, sm, lut, gap, positions, to in zip(*given, strict=True):
+        if to.dtype != torch.bfloat16 or not to.is_contiguous():
+            raise ValueError(f"out must be contiguous bfloat16, it is {to.dtype} with strides {to.stride()}")
+        unit = DFloat11Unit(
+            shapes=(tuple(to.shape),),
+            encoded_exponent=stream.numpy(),
+            sign_mantissa=sm.numpy(),
+            luts=lut.numpy(),
+            gaps=gap.numpy(),
+            output_positions=positions.numpy().view("uint32"),
+        )
+        flat, at = to.view(-1), 0
+        for piece in DFloat11().stream(unit):
+            flat[at : at + piece.numel()] = piece
+            at += piece.numel()
+
+
+ARRAYS = ("encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions", "table")  # as the operator takes them
 
 
 @dataclass(frozen=True)
@@ -133,17 +140,26 @@ class CompressedUnit:
     @property
     def nbytes(self) -> int:
         """Bytes on the device that storing the unit takes: the table, which `fast` needs, included."""
-        arrays = (self.encoded_exponent, self.sign_mantissa, self.luts, self.gaps, self.output_positions, self.table)
-        return sum(t.nbytes for t in arrays) + (self.raw.nbytes if self.raw is not None else 0)
+        arrays: list[torch.Tensor] = [getattr(self, name) for name in ARRAYS]
+        return sum(array.nbytes for array in arrays) + (self.raw.nbytes if self.raw is not None else 0)
 
     def decompress(self, out: torch.Tensor, kernel: str = "fast") -> torch.Tensor:
-        """All weights into `out`, bf16[numel], on torch's current stream; nothing is allocated. Returns `out`."""
-        if self.raw is not None:
-            return out.copy_(self.raw.view(out.shape))
-        torch.ops.df11.decompress(
-            self.encoded_exponent, self.sign_mantissa, self.luts, self.gaps, self.output_positions, self.table, out, kernel
-        )
+        """All weights into `out`, bf16[numel], as `decompress` does. Returns `out`."""
+        decompress([self], [out], kernel)
         return out
+
+
+def decompress(units: Sequence[CompressedUnit], out: Sequence[torch.Tensor], kernel: str = "fast") -> None:
+    """All weights of units of one device into bf16[numel] each, on torch's current stream; nothing is allocated."""
+    coded = []
+    for unit, to in zip(units, out, strict=True):
+        if unit.raw is None:
+            coded.append((unit, to))
+        else:
+            to.copy_(unit.raw.view(to.shape))
+    if coded:
+        given = ([getattr(unit, name) for unit, _ in coded] for name in ARRAYS)
+        torch.ops.df11.decompress(*given, [to for _, to in coded], kernel)
 
 
 def encode(tensors: list[torch.Tensor]) -> CompressedUnit:

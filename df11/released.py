@@ -68,15 +68,20 @@ def encode(tensors: Sequence[torch.Tensor]) -> tuple[DFloat11Unit, Code]:
     return unit, Code(lengths, codes, padding)
 
 
-def decoder(unit: CompressedUnit, out: torch.Tensor) -> Callable[[], None]:
-    """A launch of the released kernel that decodes a unit on a GPU into `out`, bf16, on torch's current stream."""
-    assert unit.raw is None and out.is_cuda
-    gpu = device(out.device.index)
+def decoder(unit: CompressedUnit) -> Callable[[torch.Tensor], None]:
+    """What launches the released kernel to decode a unit on a GPU into a bf16[numel], on torch's current stream."""
+    assert unit.raw is None and unit.luts.is_cuda
+    gpu = device(unit.luts.device.index)
     most = int(unit.output_positions.diff().max())
     shared = 4 * BLOCK_CHUNKS + 4 + 2 * most  # as the package computes it
     kernel = gpu.foreign_kernel(_folder() / "decode.ptx", "decode", "PPPPPPiii", BLOCK_CHUNKS, shared)
     gaps = torch.cat([unit.gaps, unit.gaps.new_zeros(1)])  # it reads one byte past the end
-    arrays = (unit.luts, unit.encoded_exponent, unit.sign_mantissa, unit.output_positions, gaps, out)
+    arrays = (unit.luts, unit.encoded_exponent, unit.sign_mantissa, unit.output_positions, gaps)
     size = unit.encoded_exponent.numel()
     blocks = -(-size // BLOCK_BYTES)
-    return lambda: gpu.launch(kernel, blocks, *(a.data_ptr() for a in arrays), unit.luts.shape[0], size, out.numel())
+
+    def decode(out: torch.Tensor) -> None:
+        addresses = [array.data_ptr() for array in (*arrays, out)]
+        gpu.launch(kernel, blocks, *addresses, unit.luts.shape[0], size, out.numel())
+
+    return decode

@@ -71,7 +71,8 @@ def on_gpu(cfg: Config, rows: int, columns: int) -> Iterator[dict[str, Any]]:
     for kernel in gpu.DECODERS:
         works["dfloat11", kernel] = lambda kernel=kernel: unit.decompress(out.view(-1), kernel)  # type: ignore[misc]
     if released.is_installed():
-        works["dfloat11", "released"] = released.decoder(unit, out)
+        decode = released.decoder(unit)
+        works["dfloat11", "released"] = lambda: decode(out)
     exponents = (weights.view(torch.int16) >> 7).to(torch.uint8)
     if nvcomp.is_installed():
         whole, part = nvcomp.AnsBatch.compress(weights), nvcomp.AnsBatch.compress(exponents)

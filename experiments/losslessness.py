@@ -19,12 +19,18 @@ from df11 import checkpoint, hf, modules
 from df11.sources import SafetensorsSource, open_source
 from experiments import needs
 from experiments.config import Config
+from experiments.decoding import Decoder
 from experiments.harness.api import Need, Point
 
 AXES = ("phase", "granularity", "batch_size", "task")
 NEW_TOKENS = 16
 PROMPTS = {1: 33, 4: 21}  # batch size: tokens of each prompt
 
+RUNS: dict[str, dict[str, Any]] = {  # as in the column `granularity`
+    "layer": {"granularity": "layer"},
+    "block": {"granularity": "block"},
+    "block, prefetched": {"granularity": "block", "prefetch": True},
+}
 SCORES = ("acc", "word_perplexity")  # one of them a task
 
 Results = dict[tuple[str, str, int], torch.Tensor]  # launch, phase, batch size
@@ -77,8 +83,8 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
 
 def bit_rows(model: torch.nn.Module, cfg: Config, bits: dict[str, torch.Tensor], expected: Results) -> Iterator[dict[str, Any]]:
     yield from weight_rows(model, bits)
-    for granularity in modules.GRANULARITIES:
-        modules.attach(model, granularity)
+    for granularity, settings in RUNS.items():
+        modules.attach(model, **settings)
         for (launch, phase, batch_size), got in outputs(model, cfg).items():
             wanted = expected[launch, phase, batch_size]
             metric = "id_mismatches" if wanted.dtype == torch.int64 else "logit_mismatches"
@@ -151,6 +157,14 @@ def outputs(model: torch.nn.Module, cfg: Config) -> Results:
         results["eager", "sampled", batch_size] = model.generate(ids, do_sample=True, **settings).sequences.cpu()
         if cfg.device.name == "cuda":
             results["graph", "prefill", batch_size] = graphed(lambda ids=ids: model(ids, use_cache=False).logits)  # type: ignore[misc]
+            decoder = Decoder(model, batch_size, length + NEW_TOKENS, "graph")
+            decoder.prefill(ids)
+            steps = []
+            for _ in range(NEW_TOKENS - 1):
+                decoder.step()
+                steps.append((decoder.ids.cpu(), decoder.logits.cpu()))
+            results["graph", "greedy", batch_size] = torch.cat([ids for ids, _ in steps], 1)
+            results["graph", "decode", batch_size] = torch.stack([logits for _, logits in steps])
     return results
 
 

@@ -4,6 +4,7 @@
 //
 // Times are medians over CUDA events with 256 MB overwritten between launches, which empties the L2 cache (60 MB on an H200).
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -177,10 +178,17 @@ bool run(const char* name, const std::vector<uint16_t>& weights, const Code& c, 
   CHECK(cudaFuncSetAttribute(decode_fast, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(FastShared)));
   CHECK(cudaFuncSetAttribute(decode_paper, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(PaperShared)));
   const int grid = int(std::min<int64_t>(blocks, processors() * kBlocksPerSM));
-  const auto fast = [&] { decode_fast<<<grid, kFastThreads, sizeof(FastShared)>>>(u, table); };
+  Batch batch, twice;
+  for (Part& part : batch.parts) part = {u, table, INT_MAX, 0};
+  batch.parts[0] = {u, table, 0, grid};
+  twice = batch;
+  twice.parts[1] = {u, table, grid, grid};
+  uint16_t* second = twice.parts[1].unit.out = fresh<uint16_t>(n, 0xA5);
+  const auto fast = [&] { decode_fast<<<grid, kFastThreads, sizeof(FastShared)>>>(batch); };
+  const auto both = [&] { decode_fast<<<2 * grid, kFastThreads, sizeof(FastShared)>>>(twice); };
   const auto paper = [&] { decode_paper<<<int(blocks), 512, sizeof(PaperShared)>>>(u); };
   bool good = true;
-  const std::pair<const char*, std::function<void()>> decoders[] = {{"paper", paper}, {"fast", fast}};
+  const std::pair<const char*, std::function<void()>> decoders[] = {{"paper", paper}, {"fast", fast}, {"fast, two units", both}};
   for (const auto& [kernel, launch] : decoders) {
     CHECK(cudaMemset(out, 0xA5, n * 2));
     launch();
@@ -188,6 +196,7 @@ bool run(const char* name, const std::vector<uint16_t>& weights, const Code& c, 
     CHECK(cudaDeviceSynchronize());
     good &= same(kernel, download(out, n), weights);
   }
+  good &= same("fast, second unit", download(second, n), weights);
 
   const int64_t tiles = (n + kTile - 1) / kTile, words = (u.bytes + 3) / 4, chunks = blocks * kBlockChunks;
   int64_t bits = 0;
@@ -229,7 +238,7 @@ bool run(const char* name, const std::vector<uint16_t>& weights, const Code& c, 
     CHECK(cudaFree(b));
   }
   std::printf("\n");
-  const void* all[] = {u.luts, u.stream, u.sign_mantissa, u.gaps, u.positions, out, table, d_weights, d_lengths, d_codes,
+  const void* all[] = {u.luts, u.stream, u.sign_mantissa, u.gaps, u.positions, out, second, table, d_weights, d_lengths, d_codes,
                        counts, sm, at, stream, gaps, packed, positions};
   for (const void* p : all) CHECK(cudaFree(const_cast<void*>(p)));
   return good;

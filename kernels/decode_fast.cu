@@ -100,16 +100,33 @@ struct Walker {
 
 extern "C" __constant__ const int decode_fast_launch[] = {kFastThreads, int(sizeof(FastShared)), kBlocksPerSM};
 
-// table: from build_table. At most as many thread blocks as the stream has blocks.
-extern "C" __global__ void __launch_bounds__(kFastThreads, kBlocksPerSM)
-decode_fast(Unit unit, const uint2* __restrict__ table) {
+// A unit of a launch: its table from build_table, and the thread blocks that share it, at most as many as its stream has blocks.
+struct Part {
+  Unit unit;
+  const uint2* table;
+  int32_t first, count;
+};
+
+// Units decoded by one launch, in a kernel's 4 KB of arguments. Behind the last one, `first` is beyond the grid.
+constexpr int kMostParts = 40;
+struct Batch {
+  Part parts[kMostParts];
+};
+static_assert(sizeof(Part) == 88 && sizeof(Batch) <= 4096, "df11/gpu.py packs them");
+
+extern "C" __global__ void __launch_bounds__(kFastThreads, kBlocksPerSM) decode_fast(const __grid_constant__ Batch batch) {
   extern __shared__ __align__(16) unsigned char raw[];
   FastShared& s = *reinterpret_cast<FastShared*>(raw);
   const int thread = threadIdx.x, lane = thread & 31;
+  int part = 0;
+  while (part + 1 < kMostParts && batch.parts[part + 1].first <= int(blockIdx.x)) part++;
+  const Unit& unit = batch.parts[part].unit;
+  const uint2* const __restrict__ table = batch.parts[part].table;
+  const int rank = int(blockIdx.x) - batch.parts[part].first, ranks = batch.parts[part].count;
   const int64_t blocks = (unit.bytes + kBlockBytes - 1) / kBlockBytes;
   // The last block comes first: its end takes longer than anything else.
-  const auto turn = [&](int64_t k) { return k < gridDim.x ? blocks - gridDim.x + k : k - gridDim.x; };
-  Fetched f = fetch(unit, turn(blockIdx.x), thread);
+  const auto turn = [&](int64_t k) { return k < ranks ? blocks - ranks + k : k - ranks; };
+  Fetched f = fetch(unit, turn(rank), thread);
   for (int i = thread; i < (1 << kWindow) / 2; i += kFastThreads)
     reinterpret_cast<uint4*>(s.table)[i] = __ldg(reinterpret_cast<const uint4*>(table) + i);
   for (int i = thread; i < (unit.tables + 1) * 256; i += kFastThreads) s.luts[i] = unit.luts[i];
@@ -117,7 +134,7 @@ decode_fast(Unit unit, const uint2* __restrict__ table) {
   const uint2 filler = __ldg(table + (1 << kWindow));
   __syncthreads();
 
-  for (int64_t own = blockIdx.x; own < blocks; own += gridDim.x) {
+  for (int64_t own = rank; own < blocks; own += ranks) {
     const int64_t block = turn(own);
     const int64_t begin = f.begin;
     const int count = weights_between(unit, begin, f.end);
@@ -226,7 +243,7 @@ decode_fast(Unit unit, const uint2* __restrict__ table) {
         word = above;
       }
     }
-    if (own + gridDim.x < blocks) f = fetch(unit, turn(own + gridDim.x), thread);
+    if (own + ranks < blocks) f = fetch(unit, turn(own + ranks), thread);
     __syncthreads();
     if (count > kStage) continue;
 

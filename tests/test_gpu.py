@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,21 @@ def test_all_patterns() -> None:
     below = everything[(everything >> 7 & 0xFF) < 240]
     for values in (below, np.repeat(below, 7), everything):
         check(patterns(values), FORMAT.encode_tensors([patterns(values)]))
+
+
+def test_many_units_in_one_call() -> None:
+    """More than a launch takes, of all sizes, empty and raw ones among them, each between words that must stay."""
+    sizes = [0, 1, 100, 5000, 33_000, 700_001, *range(1000, 1040), 3]
+    weights = [normal(n, seed=n) for n in sizes]
+    weights[-1][0] = float("nan")
+    units = [ops.CompressedUnit.from_unit(FORMAT.encode_tensors([w]), "cuda") for w in weights]
+    for kernel in gpu.DECODERS:
+        buffers = [torch.full((n + 64,), SENTINEL, dtype=torch.int16, device="cuda") for n in sizes]
+        out = [b[32 : 32 + n].view(torch.bfloat16) for b, n in zip(buffers, sizes, strict=True)]
+        ops.decompress(units, out, kernel)
+        for w, o, b, n in zip(weights, out, buffers, sizes, strict=True):
+            assert torch.equal(o.view(torch.int16).cpu(), w.view(torch.int16))
+            assert (b[:32] == SENTINEL).all() and (b[32 + n :] == SENTINEL).all()
 
 
 def fibonacci_code(longest: int) -> Code:
@@ -164,7 +180,7 @@ def test_the_released_kernel_reads_our_streams(n: int) -> None:
     weights = normal(n).cuda()
     unit = ops.encode([weights])
     out = torch.zeros_like(weights)
-    released.decoder(unit, out)()
+    released.decoder(unit)(out)
     assert torch.equal(out.view(torch.int16), weights.view(torch.int16))
 
 
@@ -232,8 +248,8 @@ def test_torch_compile_keeps_the_operator(sample: tuple[torch.Tensor, ops.Compre
     assert torch.equal(doubled, weights * 2)
 
 
-def arguments(unit: ops.CompressedUnit, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (unit.encoded_exponent, unit.sign_mantissa, unit.luts, unit.gaps, unit.output_positions, unit.table, out)
+def arguments(unit: ops.CompressedUnit, out: torch.Tensor) -> list[list[torch.Tensor]]:
+    return [*([getattr(unit, name)] for name in ops.ARRAYS), [out]]
 
 
 WRONG: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -254,9 +270,9 @@ WRONG: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_are_named(sample: tuple[torch.Tensor, ops.CompressedUnit], message: str) -> None:
     weights, unit = sample
-    given = list(arguments(unit, torch.empty_like(weights)))
+    given = arguments(unit, torch.empty_like(weights))
     position, change = WRONG[message]
-    given[position] = change(given[position])
+    given[position] = [change(given[position][0])]
     with pytest.raises(ValueError, match=message):
         gpu.decompress(*given)
     with pytest.raises(ValueError, match="no decoder 'slow'"):
@@ -301,27 +317,55 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype == torch.bfloat16 and torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-@pytest.mark.parametrize("granularity", modules.GRANULARITIES)
-def test_models_give_the_same_bits(llama: tuple[Path, Path], granularity: str) -> None:
+SETTINGS = [
+    {"granularity": "layer"},
+    {"granularity": "block"},
+    {"granularity": "block", "prefetch": True},
+    {"granularity": "block", "kernel": "paper"},
+    {"granularity": "layer", "kernel": "released"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(map(str, s.values())))
+@pytest.mark.parametrize("offloaded", [0, 1, 2])
+def test_models_give_the_same_bits(llama: tuple[Path, Path], settings: dict[str, Any], offloaded: int) -> None:
+    from df11 import hf
+    from experiments.decoding import Decoder
+
+    if settings.get("kernel") == "released" and not released.is_installed():
+        pytest.skip("needs the released package")
+    if offloaded and settings["granularity"] == "layer":
+        pytest.skip("offloaded weights go by blocks")
+    ids = torch.arange(3, 103, device="cuda").view(2, 50)
+    with torch.inference_mode():
+        original = hf.load(llama[0], "cuda")
+        expected = original(ids).logits
+        model = hf.load(llama[1], "cuda")
+        modules.offload_(model, offloaded)
+        assert (modules.stored_bytes(model)["host"] > 0) == (offloaded > 0)
+        workspace = modules.attach(model, **settings)
+        for _ in range(3):
+            assert same_bits(model(ids).logits, expected)
+        assert all(view.data_ptr() % 256 == 0 for view in workspace._buffers.values())
+        for launch in ("eager", "graph"):
+            ours, theirs = Decoder(model, 2, 70, launch), Decoder(original, 2, 70, launch)
+            assert torch.equal(ours.tokens(ids, 20), theirs.tokens(ids, 20))
+            assert same_bits(ours.logits, theirs.logits)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_bf16_blocks_are_offloaded(llama: tuple[Path, Path], prefetch: bool) -> None:
     from df11 import hf
 
     ids = torch.arange(3, 103, device="cuda").view(2, 50)
     with torch.inference_mode():
         expected = hf.load(llama[0], "cuda")(ids).logits
-        model = hf.load(llama[1], "cuda")
-        workspace = modules.attach(model, granularity)
-        assert same_bits(model(ids).logits, expected)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            model(ids, use_cache=False)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            out = model(ids, use_cache=False).logits
-        out.zero_()
-        graph.replay()
-        assert same_bits(out, expected)
-        assert all(view.data_ptr() % 256 == 0 for view in workspace._buffers.values())
+        model = hf.load(llama[0], "cpu")
+        modules.offload_(model, 1, "cuda")
+        assert model.model.layers[1].mlp.up_proj.weight.is_pinned() and model.lm_head.weight.is_cuda
+        modules.attach(model, "block", prefetch=prefetch)
+        for _ in range(3):
+            assert same_bits(model(ids).logits, expected)
 
 
 def test_a_model_over_cpu_and_gpu(llama: tuple[Path, Path]) -> None:

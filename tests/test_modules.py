@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from df11 import modules
-from df11.modules import CompressedModelError, attach, compress_, compressed_parameters
+from df11.modules import CompressedModelError, attach, compress_, compressed_parameters, offload_, stored_bytes, to_host_
 
 
 class Scaled(nn.Embedding):
@@ -147,3 +147,56 @@ def test_weights_without_a_code_stay() -> None:
         model[0].weight[0, 0] = float("inf")
     assert compress_(model) == ["1.weight"]
     assert model[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_offloaded_and_prefetched_blocks_give_the_same_bits(original: Model, compressed: bool, prefetch: bool, blocks: int) -> None:
+    expected = original(IDS)
+    before = stored_bytes(original)
+    model = copy.deepcopy(original)
+    if compressed:
+        compress_(model)
+    names = offload_(model, blocks)
+    assert len(names) == 4 * blocks and all(name.startswith(("layers.1", "layers.0")[:blocks]) for name in names)
+    workspace = attach(model, "block", prefetch=prefetch)
+    for _ in range(2):
+        assert same(model(IDS), expected)
+    if not compressed:
+        assert modules.is_compressed(model) is False and stored_bytes(model) == before
+        # One copy of a block's matrices, two where the next one is fetched meanwhile.
+        block = sum(modules._aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
+        assert workspace.nbytes == block * (min(blocks, 1 + prefetch))
+    with pytest.raises(ValueError, match="the model has 2 transformer blocks"):
+        offload_(model, 3)
+
+
+def test_prefetching_goes_by_blocks_side_by_side(original: Model) -> None:
+    compress_(original)
+    with pytest.raises(ValueError, match="granularity='block'"):
+        attach(original, "layer", prefetch=True)
+    offload_(original, 1)
+    with pytest.raises(ValueError, match="granularity='block'"):
+        attach(original, "layer")
+    nested = nn.Sequential(Experts()).bfloat16().eval()
+    nested[0].inner = nn.Linear(16, 16).bfloat16()
+    compress_(nested)
+    with pytest.raises(ValueError, match="inside of another module"):
+        attach(nested, "block", prefetch=True)
+
+
+def test_prefetching_survives_calls_out_of_order(original: Model) -> None:
+    """A block run alone, or twice, does not get the weights that were fetched for another."""
+    x = torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = [layer(x) for layer in original.layers]
+    compress_(original)
+    attach(original, "block", prefetch=True)
+    for i in (0, 0, 1, 1, 0, 1):
+        assert same(original.layers[i](x), expected[i])
+
+
+def test_weights_are_moved_to_the_host_module_by_module(original: Model) -> None:
+    head = original.head.weight
+    to_host_(original.head)
+    assert original.head.weight is head is original.embed.weight

@@ -15,8 +15,8 @@ from df11.formats.dfloat11 import DFloat11
 FORMAT = DFloat11(threads=1)
 
 
-def arguments(unit: ops.CompressedUnit, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (unit.encoded_exponent, unit.sign_mantissa, unit.luts, unit.gaps, unit.output_positions, unit.table, out)
+def arguments(unit: ops.CompressedUnit, out: torch.Tensor) -> list[list[torch.Tensor]]:
+    return [*([getattr(unit, name)] for name in ops.ARRAYS), [out]]
 
 
 @pytest.mark.parametrize("shapes", [[(3, 5)], [(0,)], [(100, 70), (7,), (0, 4)]])
@@ -65,6 +65,15 @@ def test_unsound_arrays_and_outputs_are_named() -> None:
         torch.ops.df11.decompress(*arguments(unit, torch.empty(500)))
     with pytest.raises(ValueError, match="a CUDA tensor is needed"):
         gpu.decompress(*arguments(unit, torch.empty(500, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("blocks", [[1], [17000, 17000, 4000, 4000], [5] * 40, [1] * 600, [1_000_000, 1], [3, 529]])
+def test_a_launch_is_shared_out_fairly(blocks: list[int]) -> None:
+    counts = gpu.share_out(blocks, 528)
+    assert all(1 <= count <= b for count, b in zip(counts, blocks, strict=True))
+    assert sum(counts) <= max(528, len(blocks))
+    turns = max(-(-b // count) for count, b in zip(counts, blocks, strict=True))
+    assert turns <= 2 + sum(blocks) * 1.05 / 528
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
