@@ -330,20 +330,21 @@ class _Ahead:
         self.owners = owners
         self._held: dict[int, int] = {}  # buffer: the owner whose weights were decompressed into it ahead
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._busy: torch.cuda.Stream | None = None  # what an enter must wait for; a graph capture may wait for nothing else
 
     def enter(self, index: int) -> None:
         owner = self.owners[index]
-        side = self._side(owner.device)
-        if side:
-            torch.cuda.current_stream(owner.device).wait_stream(side)
+        if self._busy:
+            torch.cuda.current_stream(owner.device).wait_stream(self._busy)
+            self._busy = None
         if self._held.pop(owner.buffer, None) != index:
             owner.fill()
         if index + 1 < len(self.owners):
             following = self.owners[index + 1]
-            side = self._side(following.device)
-            if side:
+            if side := self._side(following.device):
                 # Its buffer is free: who had it before has been launched by now.
                 side.wait_stream(torch.cuda.current_stream(following.device))
+                self._busy = side
             with torch.cuda.stream(side):
                 following.fill()
             self._held[following.buffer] = index + 1
