@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: no progress bars in logs
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

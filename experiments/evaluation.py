@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import pydoc_data.topics
 import random
 from collections.abc import Sequence
@@ -84,6 +85,8 @@ def evaluate(model: torch.nn.Module, tokenizer: Any, task: str, batch_size: int)
     """lm-eval's results of one task or group, with samples."""
     from lm_eval.models.huggingface import HFLM
 
+    # It warns at each call that a model in memory was passed, and that metrics of its own tasks have no aggregation.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         results = lm_eval.simple_evaluate(model=harness, tasks=[task], log_samples=True, bootstrap_iters=0)

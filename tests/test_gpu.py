@@ -324,18 +324,16 @@ SETTINGS = [
     {"granularity": "block", "kernel": "paper"},
     {"granularity": "layer", "kernel": "released"},
 ]
+CASES = [(s, offloaded) for s in SETTINGS for offloaded in (0, 1, 2) if not offloaded or s["granularity"] == "block"]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(map(str, s.values())))
-@pytest.mark.parametrize("offloaded", [0, 1, 2])
+@pytest.mark.parametrize("settings, offloaded", CASES, ids=lambda case: str(case).replace(" ", ""))
 def test_models_give_the_same_bits(llama: tuple[Path, Path], settings: dict[str, Any], offloaded: int) -> None:
     from df11 import hf
     from experiments.decoding import Decoder
 
     if settings.get("kernel") == "released" and not released.is_installed():
         pytest.skip("needs the released package")
-    if offloaded and settings["granularity"] == "layer":
-        pytest.skip("offloaded weights go by blocks")
     ids = torch.arange(3, 103, device="cuda").view(2, 50)
     with torch.inference_mode():
         original = hf.load(llama[0], "cuda")
