@@ -16,7 +16,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from df11.checkpoint import QUANT_METHOD, VERSION
-from df11.modules import PARTS, attach, compress_, compressed_parameters, prepare, share, tie
+from df11.modules import PARTS, compress_, compressed_parameters, prepare, share, tie
+from df11.runtime import attach
 from df11.sources.files import SafetensorsSource
 from df11.sources.model import SourceError, TensorInfo
 

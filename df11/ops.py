@@ -138,6 +138,10 @@ class CompressedUnit:
         return sum(torch.Size(s).numel() for s in self.shapes)
 
     @property
+    def device(self) -> torch.device:
+        return (self.encoded_exponent if self.raw is None else self.raw).device
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device that storing the unit takes: the table, which `fast` needs, included."""
         arrays: list[torch.Tensor] = [getattr(self, name) for name in ARRAYS]

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from df11 import checkpoint, hf, modules
+from df11 import checkpoint, hf, modules, runtime
 from df11.sources import SafetensorsSource, open_source
 from experiments import needs
 from experiments.config import Config
@@ -67,7 +67,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
         if "bits" not in done:
             yield Point("bits", [identity | row for row in bit_rows(model, cfg, bits, expected)], about)
         del bits, expected
-        modules.attach(model, "layer")
+        runtime.attach(model, "layer")
         for task, spec in asked.items():
             results = evaluation.evaluate(model, tokenizer, spec, cfg.eval.batch_size)
             axes = {"launch": "eager", "phase": "lm_eval", "granularity": "layer", "batch_size": cfg.eval.batch_size}
@@ -84,7 +84,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
 def bit_rows(model: torch.nn.Module, cfg: Config, bits: dict[str, torch.Tensor], expected: Results) -> Iterator[dict[str, Any]]:
     yield from weight_rows(model, bits)
     for granularity, settings in RUNS.items():
-        modules.attach(model, **settings)
+        runtime.attach(model, **settings)
         for (launch, phase, batch_size), got in outputs(model, cfg).items():
             wanted = expected[launch, phase, batch_size]
             metric = "id_mismatches" if wanted.dtype == torch.int64 else "logit_mismatches"

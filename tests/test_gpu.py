@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from df11 import bits, gpu, modules, nvcomp, ops, released
+from df11 import bits, gpu, modules, nvcomp, ops, released, runtime
 from df11.formats.dfloat11 import BLOCK_BYTES, DFloat11, DFloat11Unit
 from df11.huffman import Code, canonical_codes
 
@@ -341,7 +341,7 @@ def test_models_give_the_same_bits(llama: tuple[Path, Path], settings: dict[str,
         model = hf.load(llama[1], "cuda")
         modules.offload_(model, offloaded)
         assert (modules.stored_bytes(model)["host"] > 0) == (offloaded > 0)
-        workspace = modules.attach(model, **settings)
+        workspace = runtime.attach(model, **settings)
         for _ in range(3):
             assert same_bits(model(ids).logits, expected)
         assert all(view.data_ptr() % 256 == 0 for view in workspace._buffers.values())
@@ -361,7 +361,7 @@ def test_bf16_blocks_are_offloaded(llama: tuple[Path, Path], prefetch: bool) -> 
         model = hf.load(llama[0], "cpu")
         modules.offload_(model, 1, "cuda")
         assert model.model.layers[1].mlp.up_proj.weight.is_pinned() and model.lm_head.weight.is_cuda
-        modules.attach(model, "block", prefetch=prefetch)
+        runtime.attach(model, "block", prefetch=prefetch)
         for _ in range(3):
             assert same_bits(model(ids).logits, expected)
 

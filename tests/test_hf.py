@@ -10,7 +10,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from df11 import checkpoint, hf, modules
+from df11 import checkpoint, hf, modules, runtime
 
 SMALL = {
     "hidden_size": 64,
@@ -74,8 +74,8 @@ def test_logits_and_ids_are_the_same(tmp_path: Path, name: str) -> None:
     model = load(tmp_path / "compressed")
     linear = sum(isinstance(module, torch.nn.Linear) and module.out_features > 4 for module in model.modules())
     assert len([m for m in model.modules() if modules.compressed_parameters(m)]) >= linear  # routers of 4 experts aside
-    for granularity in modules.GRANULARITIES:
-        modules.attach(model, granularity)
+    for granularity in runtime.GRANULARITIES:
+        runtime.attach(model, granularity)
         assert same(model(IDS).logits, logits)
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS)), ids)
     model.save_pretrained(tmp_path / "again")
@@ -127,7 +127,7 @@ def test_another_dtype_is_refused(llama: tuple[Path, Path]) -> None:
         load(llama[1], dtype=torch.float16)
     with pytest.raises(ValueError, match="not supported"):
         load(llama[1]).float()
-    with pytest.raises(modules.CompressedModelError, match="keep the model in torch"):
+    with pytest.raises(runtime.CompressedModelError, match="keep the model in torch"):
         load(llama[1]).to(torch.float32)(IDS)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from df11 import modules
-from df11.modules import CompressedModelError, attach, compress_, compressed_parameters, offload_, stored_bytes, to_host_
+from df11 import modules, runtime
+from df11.modules import compress_, compressed_parameters, offload_, stored_bytes, to_host_
+from df11.runtime import CompressedModelError, attach
 
 
 class Scaled(nn.Embedding):
@@ -62,7 +63,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-@pytest.mark.parametrize("granularity", modules.GRANULARITIES)
+@pytest.mark.parametrize("granularity", runtime.GRANULARITIES)
 def test_the_same_bits_come_out(original: Model, granularity: str) -> None:
     expected = original(IDS)
     model = copy.deepcopy(original)
@@ -71,8 +72,8 @@ def test_the_same_bits_come_out(original: Model, granularity: str) -> None:
     workspace = attach(model, granularity)
     for _ in range(2):
         assert same(model(IDS), expected)
-    whole_block = sum(modules._aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
-    largest = max(modules._aligned(2 * 50 * 16), 2 * modules._aligned(2 * 3 * 16 * 24))
+    whole_block = sum(modules.aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
+    largest = max(modules.aligned(2 * 50 * 16), 2 * modules.aligned(2 * 3 * 16 * 24))
     assert workspace.nbytes == (whole_block if granularity == "block" else largest)
     attach(model, "layer")
     assert same(model(IDS), expected)
@@ -166,7 +167,7 @@ def test_offloaded_and_prefetched_blocks_give_the_same_bits(original: Model, com
     if not compressed:
         assert modules.is_compressed(model) is False and stored_bytes(model) == before
         # One copy of a block's matrices, two where the next one is fetched meanwhile.
-        block = sum(modules._aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
+        block = sum(modules.aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
         assert workspace.nbytes == block * (min(blocks, 1 + prefetch))
     with pytest.raises(ValueError, match="the model has 2 transformer blocks"):
         offload_(model, 3)

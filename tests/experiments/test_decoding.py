@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from df11 import hf, modules
+from df11 import hf, modules, runtime
 from experiments.decoding import Decoder
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300, "head_dim": 16}
@@ -22,7 +22,7 @@ def test_a_model_made_compressed_decodes_as_the_original(tied: bool) -> None:
     original = hf.build(geometry(tied), 1, "cpu")
     model = hf.build(geometry(tied), 1, "cpu", modules.compress_own_)
     assert not [name for name, p in model.named_parameters() if p.dim() > 1]
-    modules.attach(model)
+    runtime.attach(model)
     ids = Decoder(original, 2, 20).tokens(IDS, 8)
     assert torch.equal(Decoder(model, 2, 20).tokens(IDS, 8), ids)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(IDS)}
