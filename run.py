@@ -23,6 +23,8 @@ EXPERIMENTS = {
     "compression_time": "experiments.compression_time",
     "decompression": "experiments.decompression",
     "losslessness": "experiments.losslessness",
+    "offload": "experiments.offload",
+    "generation_length": "experiments.generation_length",
 }
 
 

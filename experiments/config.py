@@ -25,6 +25,10 @@ class BenchConfig:
     repeats: int = 5
     threads: list[int] = field(default_factory=lambda: [1])
     shapes: list[list[int]] = field(default_factory=list)  # rows, columns of weight matrices [out, in]
+    variants: list[str] = field(default_factory=list)  # of an experiment that compares some
+    memory_mib: int = 0  # GPU memory to stay within, of an experiment that limits it
+    tokens: int = 20  # decoded in each repeat; `warmup` of them before
+    lengths: list[int] = field(default_factory=list)  # of a sequence, tokens
     batch_size: Any = 1  # a number, or a list of them: one job, a row each
 
     @property

@@ -1,0 +1,59 @@
+"""Fig. 4: tokens/s and seconds a step by batch size under a memory budget: a panel a measured model, published ones apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.figures.style import BLUE, GREY, ORANGE, VERMILLION, load, published
+
+CURVES = {  # codec, placement: label, colour, line
+    ("bf16", "accelerate"): ("BF16, CPU offload by accelerate", VERMILLION, "-"),
+    ("bf16", "offload"): ("BF16, blocks prefetched from pinned memory", ORANGE, "-"),
+    ("dfloat11", "offload"): ("DFloat11, the same blocks offloaded", BLUE, "--"),
+    ("dfloat11", "resident"): ("DFloat11, all on the GPU", BLUE, "-"),
+}
+METRICS = {"tokens_per_s": "tokens a second", "s_per_step": "seconds a step"}
+
+
+def draw(results: Path) -> Figure:
+    rows = load(results, "offload").query("metric in @METRICS and granularity != 'layer'")
+    rows = rows.astype({"batch_size": int, "tokens": int})
+    # Where a point was measured with both protocols, the longer one counts.
+    key = ["model", "weights", "gpu", "memory_mib", "codec", "placement", "batch_size", "metric"]
+    rows = rows[rows["tokens"] == rows.groupby(key)["tokens"].transform("max")]
+    median = rows.groupby(key)["value"].median()
+    paper = published(results, "offload")
+    panels = list(dict.fromkeys(zip(*(rows[c] for c in key[:4]), strict=True)))
+    papers = list(dict.fromkeys(zip(paper["model"], paper["gpu"], strict=True)))
+    count = len(panels) + len(papers)
+    figure, axes = plt.subplots(2, count, figsize=(2.5 * count, 5.2), sharex=True, sharey="row", squeeze=False)
+    for line, metric in enumerate(METRICS):
+        for axis, panel in zip(axes[line], panels, strict=False):
+            for (codec, placement), (label, colour, style) in CURVES.items():
+                if (*panel, codec, placement) in median.index.droplevel(["batch_size", "metric"]):
+                    curve = median[(*panel, codec, placement)].xs(metric, level="metric")
+                    axis.plot(curve.index, curve, style, color=colour, marker=".", label=label)
+            model, weights, gpu, memory = panel
+            finish(
+                axis, f"Measured, {model}" + ("" if model.endswith("_synthetic") else f" ({weights})") + f"\n{gpu}, {memory} MiB"
+            )
+        for axis, (model, gpu) in zip(axes[line][len(panels) :], papers, strict=True):
+            own = paper[(paper["model"] == model) & (paper["gpu"] == gpu)]
+            for name, label, colour in (("bf16_offload", "BF16, CPU offload", GREY), ("df11", "DFloat11", BLUE)):
+                axis.plot(own["batch_size"], own[f"{name}_{metric}"], color=colour, marker=".", label=label)
+            finish(axis, f"Published, {model}\n{gpu}")
+        axes[line][0].set_ylabel(METRICS[metric])
+    for axis in axes[1]:
+        axis.set_xlabel("batch size")
+        axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    return figure
+
+
+def finish(axis: Axes, title: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_title(title, fontsize=7)
