@@ -51,7 +51,7 @@ def outside_torch() -> int:
 def enforce(memory_mib: int) -> Iterator[Budget]:
     """Limit torch's allocator while inside. To be entered when most kernels have been loaded: the context grows with them."""
     budget = Budget(memory_mib * MIB, outside_torch())
-    total = torch.cuda.mem_get_info()[1]
+    total = torch.cuda.get_device_properties().total_memory
     if not 0 < budget.limit < total:
         raise ValueError(
             f"bench.memory_mib={memory_mib}: the device has {total // MIB}, the CUDA context takes {budget.context // MIB}"

@@ -47,5 +47,5 @@ def draw(results: Path) -> Figure:
     axis.invert_yaxis()
     axis.set(xlabel="tokens")
     axis.set_title("Published", fontsize=7)
-    axis.legend(fontsize=6, loc="lower right")
+    axis.legend(fontsize=6, loc="upper right")
     return figure

@@ -92,8 +92,9 @@ def results(tmp_path: Path, module: Any, cfg: Any) -> Path:
     return folder
 
 
-def drawn(figure: Any, path: Path) -> None:
-    style.save(figure, path)
+def drawn(draw: Callable[[Path], Any], results: Path, path: Path) -> None:
+    style.use()
+    style.save(draw(results), path)
     assert path.with_suffix(".png").stat().st_size > 5000
 
 
@@ -191,7 +192,7 @@ def test_offload_with_a_budget(config: Configure, gpu: None, tmp_path: Path) -> 
     assert len(point[point["metric"] == "tokens_per_s"]) == 2
     short = offload.table(table, cfg)
     assert (short[short["placement"] == "accelerate"]["times_accelerate"] == 1).all() and len(short) == 6
-    drawn(offload_figure.draw(folder), tmp_path / "offload")
+    drawn(offload_figure.draw, folder, tmp_path / "offload")
 
 
 # generation_length
@@ -256,7 +257,7 @@ def test_generation_length_finds_where_memory_ends(
         assert own["max_tokens"] == own["predicted_tokens"] == expected
     assert set(table["tokens"]) == {"-", "16", "64", "192", "320", "384"}
     assert generation_length.table(table, cfg).set_index("codec")["times_bf16"]["dfloat11"] == 1.2
-    drawn(generation_length_figure.draw(folder), tmp_path / "generation_length")
+    drawn(generation_length_figure.draw, folder, tmp_path / "generation_length")
 
 
 @pytest.mark.parametrize(
