@@ -69,13 +69,13 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def build(cfg: Config, codec: str) -> transformers.PreTrainedModel:
+def build(cfg: Config, codec: str, expandable: bool = True) -> transformers.PreTrainedModel:
     """The model's geometry with weights made by seed on the device, in bf16, or compressed module by module.
 
-    Torch's allocator takes expandable segments from then on: fragments would eat the budget.
+    Torch's allocator takes expandable segments from then on, if they are asked for: fragments would eat the budget.
     """
     if cfg.device.name == "cuda":
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{expandable}")
         release()  # what came before
     finish = {"bf16": lambda module: None, "dfloat11": modules.compress_own_}[codec]
     model = hf.build(cfg.model.geometry, cfg.seed, cfg.device.name, finish)

@@ -102,7 +102,7 @@ def measure(cfg: Config, name: str, batch_sizes: list[int]) -> Iterator[tuple[in
     """Rows of a variant at each batch size."""
     codec, placement, granularity = VARIANTS[name]
     on_gpu = cfg.device.name == "cuda"
-    model = budget.build(cfg, codec)
+    model = budget.build(cfg, codec, expandable=placement != "accelerate")  # which frees memory at every transfer: as users run it
     manifest = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     buffers = runtime.attach(model, granularity) if codec == "dfloat11" else None
     host_memory = HOST_MEMORY.get(placement, "-")
@@ -203,8 +203,9 @@ def place(model: transformers.PreTrainedModel, placement: str, cfg: Config, limi
     if placement == "offload":
         blocks = blocks_to_offload(sizes, spare) if limits else (sizes.blocks + 1) // 2
         modules.offload_(model, blocks)
+    if limits:
+        budget.release()
     if placement != "accelerate":
-        budget.release() if limits else None
         return modules.stored_bytes(model), blocks
     from accelerate import dispatch_model
 

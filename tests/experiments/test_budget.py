@@ -57,7 +57,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's part of both experiments, on the CPU."""
     build = budget.build
 
-    def on_cpu(cfg: Config, codec: str) -> transformers.PreTrainedModel:
+    def on_cpu(cfg: Config, codec: str, **settings: bool) -> transformers.PreTrainedModel:
         cfg.device.name = "cpu"
         try:
             return build(cfg, codec)
@@ -181,7 +181,7 @@ def test_offload_with_a_budget(config: Configure, gpu: None, tmp_path: Path) -> 
         "device=cuda",
         "model.geometry.num_hidden_layers=4",
         "bench.memory_mib=72",
-        "bench.variants=[bf16_accelerate,dfloat11_resident,bf16_offload]",
+        "bench.variants=[bf16_accelerate,dfloat11_resident,bf16_offload,dfloat11_offload]",
     )
     folder = results(tmp_path, offload, cfg)
     table = pd.DataFrame(store.read_csv(folder / "offload.csv"))
@@ -191,7 +191,7 @@ def test_offload_with_a_budget(config: Configure, gpu: None, tmp_path: Path) -> 
     assert wanted | {"resident_bytes", "manifest_bytes", "buffer_bytes", "gpu_bytes", "host_bytes"} <= set(point["metric"])
     assert len(point[point["metric"] == "tokens_per_s"]) == 2
     short = offload.table(table, cfg)
-    assert (short[short["placement"] == "accelerate"]["times_accelerate"] == 1).all() and len(short) == 6
+    assert (short[short["placement"] == "accelerate"]["times_accelerate"] == 1).all() and len(short) == 8
     drawn(offload_figure.draw, folder, tmp_path / "offload")
 
 
