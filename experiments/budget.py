@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,11 @@ def build(cfg: Config, codec: str, expandable: bool = True) -> transformers.PreT
     model = hf.build(cfg.model.geometry, cfg.seed, cfg.device.name, finish)
     model.requires_grad_(False)
     return model
+
+
+def crc32(tensor: torch.Tensor) -> int:
+    """Checksum of a tensor's bytes, to compare what was decoded without keeping it."""
+    return zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy())
 
 
 def weights(spec: ModelSpec) -> str:

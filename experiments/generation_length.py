@@ -10,7 +10,6 @@ shortest length takes: cuBLAS, logits), over the bytes of keys and values of a t
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ def decode(model: transformers.PreTrainedModel, cfg: Config, tokens: int, limits
     for _ in range(STEPS):
         decoder.step()
         ids.append(decoder.ids.clone())
-    digests = {"ids_crc32": crc32(torch.cat(ids)), "logits_crc32": crc32(decoder.logits)}
+    digests = {"ids_crc32": budget.crc32(torch.cat(ids)), "logits_crc32": budget.crc32(decoder.logits)}
     return Decoded(limits.peaks() if limits else {}, digests)
 
 
@@ -173,10 +172,6 @@ def filled(cfg: Config, device: torch.device, tokens: int) -> transformers.Cache
     memory = torch.empty(shape, dtype=torch.bfloat16, device=device)
     memory.normal_(generator=torch.Generator(device).manual_seed(cfg.seed))
     return transformers.Cache(layers=[_Layer(layer, tokens - STEPS) for layer in memory])
-
-
-def crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy())
 
 
 def last_that_fits(fits: Callable[[int], bool], low: int, high: int, step: int) -> int:

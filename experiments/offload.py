@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -164,17 +163,13 @@ def decode(model: transformers.PreTrainedModel, cfg: Config, batch_size: int) ->
         seconds = (time.perf_counter() - begin) / cfg.bench.tokens
         yield {"metric": "s_per_step", "value": seconds, "unit": "s", "repeat": repeat}
         yield {"metric": "tokens_per_s", "value": batch_size / seconds, "unit": "tokens/s", "repeat": repeat}
-        yield {"metric": "ids_crc32", "value": crc32(torch.cat(found, 1)), "unit": "checksum", "repeat": repeat}
-        yield {"metric": "logits_crc32", "value": crc32(decoder.logits), "unit": "checksum", "repeat": repeat}
+        yield {"metric": "ids_crc32", "value": budget.crc32(torch.cat(found, 1)), "unit": "checksum", "repeat": repeat}
+        yield {"metric": "logits_crc32", "value": budget.crc32(decoder.logits), "unit": "checksum", "repeat": repeat}
 
 
 def synchronize(cfg: Config) -> None:
     if cfg.device.name == "cuda":
         torch.cuda.synchronize()
-
-
-def crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy())
 
 
 def transfer(pinned: bool) -> list[float]:
