@@ -76,7 +76,7 @@ def build(cfg: Config, codec: str, expandable: bool = True) -> transformers.PreT
     Torch's allocator takes expandable segments from then on, if they are asked for: fragments would eat the budget.
     """
     if cfg.device.name == "cuda":
-        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{expandable}")
+        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{expandable}")  # what PYTORCH_ALLOC_CONF sets at start
         release()  # what came before
     finish = {"bf16": lambda module: None, "dfloat11": modules.compress_own_}[codec]
     model = hf.build(cfg.model.geometry, cfg.seed, cfg.device.name, finish)
