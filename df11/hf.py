@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from df11.checkpoint import QUANT_METHOD, VERSION
-from df11.modules import PARTS, compress_, compressed_parameters, prepare, share, tie
+from df11 import released_checkpoint
+from df11.checkpoint import QUANT_METHOD, VERSION, CheckpointError
+from df11.modules import PARTS, compress_, compress_own_, compressed_parameters, prepare, share, tie
 from df11.runtime import attach
 from df11.sources.files import SafetensorsSource
 from df11.sources.model import SourceError, TensorInfo
@@ -79,6 +81,8 @@ def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 class DF11Config(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint; given to from_pretrained with an original one, compresses while loading.
 
+    With a checkpoint of the released package (`dfloat11_config` in config.json) it must be given: their config.json asks for none.
+
     include, exclude: shell patterns of parameter names. granularity: what is decompressed at a time, `layer` or `block`.
     """
 
@@ -102,6 +106,7 @@ class DF11Quantizer(HfQuantizer):
     """Loads compressed checkpoints; the name is transformers': nothing is quantised, every bit stays."""
 
     quantization_config: DF11Config
+    _released: _Released | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("dtype") not in (None, "auto", torch.bfloat16):
@@ -115,6 +120,9 @@ class DF11Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: transformers.PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if checkpoint_files and released_checkpoint.is_released(Path(checkpoint_files[0]).parent):
+            self._released = _Released(model, checkpoint_files)
+            return
         if not self.pre_quantized:
             return
         if not checkpoint_files:
@@ -143,6 +151,8 @@ class DF11Quantizer(HfQuantizer):
                     break
 
     def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **kwargs: Any) -> None:
+        if self._released:
+            self._released.fill(self.quantization_config)
         if not self.pre_quantized:
             compress_(model, self.quantization_config.include, self.quantization_config.exclude)
         # Saved under the names that the model has: what transformers merged or renamed on loading cannot be undone on streams.
@@ -155,6 +165,62 @@ class DF11Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+class _Released:
+    """A checkpoint of the released package on its way into a model.
+
+    Its units are not what modules store here: each is decoded and its matrices are compressed anew, after transformers has loaded
+    all other tensors. Until then an empty buffer in a weight's place lets transformers choose its device.
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel, checkpoint_files: list[str]) -> None:
+        directory = Path(checkpoint_files[0]).parent
+        self.model = model
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        self.units = released_checkpoint.units(directory, self.shapes)
+        held = {name for unit in self.units for name in unit.names}
+        there = {unit.module for unit in self.units} | {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+        for name, _ in model.named_modules():
+            if name not in there and any(re.fullmatch(p, name) for p in released_checkpoint.patterns(directory)):
+                raise CheckpointError(
+                    f"{directory} lacks the compressed {name}: from_pretrained fetches only some files of a hub repository of this"
+                    " layout, so download all of it with huggingface_hub.snapshot_download, and load that directory"
+                )
+        # transformers knows model.safetensors only. What its classes do not know in the files is expected here.
+        checkpoint_files[:] = [str(file) for file in released_checkpoint.weight_files(directory)]
+        arrays = rf"\.({'|'.join(released_checkpoint.ARRAYS)})$"
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), arrays}
+        self.tied: dict[str, str] = {}
+        for target, source in list(model.all_tied_weights_keys.items()):
+            if held & {target, source}:
+                del model.all_tied_weights_keys[target]
+                self.tied |= {target: source} if source in held else {source: target}
+        for name in held | self.tied.keys():
+            module, leaf = get_module_from_name(model, name)
+            del module._parameters[leaf]
+            module.register_buffer(leaf, torch.empty(0, dtype=torch.bfloat16, device="meta"), persistent=False)
+            module.__dict__["_is_hf_initialized"] = True
+        del model.config.dfloat11_config
+
+    def fill(self, config: DF11Config) -> None:
+        """One unit at a time."""
+        for unit in self.units:
+            for name, weights in unit.decode(self.shapes).items():
+                if name not in self.tied:
+                    module, leaf = get_module_from_name(self.model, name)
+                    device = module._buffers[leaf].device
+                    if device.type == "meta":
+                        raise ValueError(
+                            f"device_map offloads {name}: compress the checkpoint anew (df11 restore, df11 compress) to do so"
+                        )
+                    delattr(module, leaf)
+                    module.register_parameter(leaf, nn.Parameter(weights.to(device), requires_grad=False))
+                    compress_own_(module, name.rpartition(".")[0], config.include, config.exclude)
+        for target, source in self.tied.items():
+            (module, leaf), (holder, name) = (get_module_from_name(self.model, one) for one in (target, source))
+            delattr(module, leaf)
+            share(module, leaf, holder, name)
 
 
 def build(
@@ -186,9 +252,10 @@ def build(
 
 
 def load(directory: Path, device: str) -> transformers.PreTrainedModel:
-    """A bf16 or compressed model."""
+    """A model from a bf16 or a compressed checkpoint, also of the released package's."""
+    options = {"quantization_config": DF11Config()} if released_checkpoint.is_released(directory) else {}
     model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, device_map=device
+        directory, dtype=torch.bfloat16, device_map=device, **options
     )
     return model
 

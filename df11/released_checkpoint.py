@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,55 +38,94 @@ def is_released(directory: Path) -> bool:
     return config.exists() and "dfloat11_config" in json.loads(config.read_text())
 
 
+@dataclass(frozen=True)
+class StoredUnit:
+    """A compressed module of a file, and the names of the weights that are its stream, in order."""
+
+    file: Path
+    module: str
+    names: tuple[str, ...]
+
+    def decode(self, shapes: Shapes) -> dict[str, torch.Tensor]:
+        """The weights by name, cut by the model's shapes. Raises FormatError that names file and module."""
+        try:
+            with _opened(self.file) as opened:
+                stored = {name: opened.get_tensor(f"{self.module}.{name}").numpy() for name in ARRAYS}
+            unit = _unit(stored, tuple(shapes[name] for name in self.names))
+            return dict(zip(self.names, DFloat11().decode(unit), strict=True))
+        except (FormatError, SafetensorError, ValueError) as broken:
+            raise FormatError(f"{self.module} in {self.file}: {broken}; download it again") from broken
+
+
+def weight_files(directory: Path) -> list[Path]:
+    if files := sorted(directory.glob("*.safetensors")):
+        return files
+    raise CheckpointError(f"{directory} holds no safetensors files: download it again")
+
+
+def patterns(directory: Path) -> dict[str, list[str]]:
+    """Of module names, each with the paths of the linear layers inside; none for an embedding or a linear layer."""
+    found: dict[str, list[str]] = json.loads((directory / "config.json").read_text())["dfloat11_config"]["pattern_dict"]
+    return found
+
+
+def units(directory: Path, shapes: Shapes) -> list[StoredUnit]:
+    """All compressed modules of a directory; their files' headers are read. Raises CheckpointError that names file and module."""
+    known, found = patterns(directory), []
+    for file in weight_files(directory):
+        with _opened(file) as opened:
+            modules = [key.removesuffix(".encoded_exponent") for key in opened.keys() if key.endswith(".encoded_exponent")]  # noqa: SIM118
+        for module in modules:
+            names = _weights(module, known, file)
+            if unknown := [name for name in names if name not in shapes]:
+                raise CheckpointError(
+                    f"{module} in {file} holds {unknown[0]}, which the model does not have: is config.json its own?"
+                )
+            found.append(StoredUnit(file, module, names))
+    return found
+
+
 def read(directory: Path, shapes: Shapes) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Each file's name and its tensors as they were: compressed ones decoded and cut by the model's shapes.
 
     Raises CheckpointError or FormatError that names the file and the module.
     """
-    patterns: dict[str, list[str]] = json.loads((directory / "config.json").read_text())["dfloat11_config"]["pattern_dict"]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory} holds no safetensors files: download it again")
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except SafetensorError as broken:
-            raise CheckpointError(f"{file} is damaged or cut short ({broken}): download it again") from broken
-        tensors = {key: tensor for key, tensor in stored.items() if key.rpartition(".")[2] not in ARRAYS}
-        for module in [key.removesuffix(".encoded_exponent") for key in stored if key.endswith(".encoded_exponent")]:
-            names = _weights(module, patterns, file)
-            if unknown := [name for name in names if name not in shapes]:
-                raise CheckpointError(
-                    f"{module} in {file} holds {unknown[0]}, which the model does not have: is config.json its own?"
-                )
-            try:
-                unit = _unit(stored, module, tuple(shapes[name] for name in names))
-                tensors |= dict(zip(names, DFloat11().decode(unit), strict=True))
-            except (FormatError, KeyError, ValueError) as broken:
-                raise FormatError(f"{module} in {file}: {broken}; download it again") from broken
+    held = units(directory, shapes)
+    for file in weight_files(directory):
+        with _opened(file) as opened:
+            plain = [key for key in opened.keys() if key.rpartition(".")[2] not in ARRAYS]  # noqa: SIM118
+            tensors = {key: opened.get_tensor(key) for key in plain}
+        for unit in held:
+            if unit.file == file:
+                tensors |= unit.decode(shapes)
         yield file.name, tensors
 
 
-def _weights(module: str, patterns: Mapping[str, list[str]], file: Path) -> list[str]:
-    for pattern, paths in patterns.items():
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as broken:
+        raise CheckpointError(f"{file} is damaged or cut short ({broken}): download it again") from broken
+
+
+def _weights(module: str, known: Mapping[str, list[str]], file: Path) -> tuple[str, ...]:
+    for pattern, paths in known.items():
         if re.fullmatch(pattern, module):
-            return [f"{module}.{path}.weight" for path in paths] or [f"{module}.weight"]
+            return tuple(f"{module}.{path}.weight" for path in paths) or (f"{module}.weight",)
     raise CheckpointError(f"no pattern of config.json matches {module}, which {file} holds compressed: is config.json its own?")
 
 
-def _unit(stored: Mapping[str, torch.Tensor], module: str, shapes: tuple[tuple[int, ...], ...]) -> DFloat11Unit:
-    arrays = {name: stored[f"{module}.{name}"].numpy() for name in ARRAYS}
+def _unit(stored: Mapping[str, np.ndarray], shapes: tuple[tuple[int, ...], ...]) -> DFloat11Unit:
     unit = DFloat11Unit(
         shapes=shapes,
-        encoded_exponent=arrays["encoded_exponent"],
-        sign_mantissa=arrays["sign_mantissa"],
-        luts=arrays["luts"],
-        gaps=arrays["gaps"],
-        output_positions=arrays["output_positions"].view(np.uint32),
+        encoded_exponent=stored["encoded_exponent"],
+        sign_mantissa=stored["sign_mantissa"],
+        luts=stored["luts"],
+        gaps=stored["gaps"],
+        output_positions=stored["output_positions"].view(np.uint32),
     )
-    if not np.array_equal(arrays["split_positions"], unit.split_positions):
-        raise FormatError(f"split_positions {arrays['split_positions'].tolist()} do not cut shapes {list(shapes)}")
+    if not np.array_equal(stored["split_positions"], unit.split_positions):
+        raise FormatError(f"split_positions {stored['split_positions'].tolist()} do not cut shapes {list(shapes)}")
     return unit
 
 
@@ -116,32 +156,33 @@ def write(source: Path, target: Path, threads: int = 0, progress: Progress = lam
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
     reader = SafetensorsSource(source)
-    units, rest = split_units([info for info in reader.tensors() if len(info.shape) != 3])
+    parts, rest = split_units([info for info in reader.tensors() if len(info.shape) != 3])
     rest += [info for info in reader.tensors() if len(info.shape) == 3]
     # The released loader takes the `weight` of modules only.
-    loose = [t for unit in units for t in unit.tensors if not t.name.endswith(".weight")]
+    rest += [t for unit in parts for t in unit.tensors if not t.name.endswith(".weight")]
+    loose = {info.name: info for info in rest}
     codec = DFloat11(threads=threads, strict=True)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    patterns: dict[str, list[str]] = {}
-    for unit in units:
+    known: dict[str, list[str]] = {}
+    for unit in parts:
         held = [t for t in unit.tensors if t.name.endswith(".weight")]
         if held:
             pattern, paths = _pattern(unit, held)
-            if patterns.setdefault(pattern, paths) != paths:
+            if known.setdefault(pattern, paths) != paths:
                 pattern = re.escape(unit.name)
-                patterns = {pattern: paths} | patterns  # the first match counts
-            _save(codec, reader, unit.name, held, partial / f"{unit.name.replace('.', '_')}.safetensors")
+                known = {pattern: paths} | known  # the first match counts
+            others = [loose.pop(name) for name in list(loose) if name.startswith(f"{unit.name}.")]
+            _save(codec, reader, unit.name, held, others, partial / f"{unit.name.replace('.', '_')}.safetensors")
             progress(unit.name, sum(t.nbytes for t in held))
-    others = {info.name: reader.read(info.name) for info in [*rest, *loose]}
-    save_file(others, partial / "model.safetensors", {"format": "pt"})
+    save_file({name: reader.read(name) for name in loose}, partial / "model.safetensors", {"format": "pt"})
     config: dict[str, Any] = json.loads((source / "config.json").read_text()) if (source / "config.json").exists() else {}
     config["dfloat11_config"] = {
         "version": VERSION,
         "threads_per_block": [BLOCK_CHUNKS],
         "bytes_per_thread": CHUNK_BYTES,
-        "pattern_dict": patterns,
+        "pattern_dict": known,
     }
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _copy_others(source, partial)
@@ -155,11 +196,14 @@ def _pattern(unit: Unit, held: list[TensorInfo]) -> tuple[str, list[str]]:
     return re.escape(prefix) + r"\.\d+", [t.name.removeprefix(f"{unit.name}.").removesuffix(".weight") for t in held]
 
 
-def _save(codec: DFloat11, reader: SafetensorsSource, name: str, held: list[TensorInfo], file: Path) -> None:
+def _save(
+    codec: DFloat11, reader: SafetensorsSource, name: str, held: list[TensorInfo], others: list[TensorInfo], file: Path
+) -> None:
     chunks: Callable[[], Iterator[torch.Tensor]] = lambda: (piece for t in held for piece in reader.chunks(t.name))  # noqa: E731
     unit = codec.encode(chunks, [t.shape for t in held])
     arrays = unit.arrays | {"output_positions": unit.output_positions.view(np.uint8)}
-    save_file({f"{name}.{key}": torch.from_numpy(array) for key, array in arrays.items()}, file, {"format": "pt"})
+    tensors = {f"{name}.{key}": torch.from_numpy(array) for key, array in arrays.items()}
+    save_file(tensors | {info.name: reader.read(info.name) for info in others}, file, {"format": "pt"})
 
 
 def _copy_others(source: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from df11 import cli, released, released_checkpoint
+from df11 import cli, hf, modules, released, released_checkpoint
 from df11.checkpoint import CheckpointError
 from df11.formats import FormatError
 from df11.sources import SafetensorsSource
@@ -17,13 +17,19 @@ LAYERS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("g
 PATTERNS = {r"model\.embed_tokens": [], r"model\.layers\.\d+": LAYERS, "lm_head": []}
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "original"
+IDS = torch.arange(3, 33).view(2, 15)
+
+
+def build(directory: Path, **options: object) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 90, "head_dim": 8}
-    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=4, num_key_value_heads=2)
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=4, num_key_value_heads=2, **options)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("model") / "original")
 
 
 def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -35,11 +41,13 @@ def released_directory(original: Path, target: Path, single_file: bool) -> Path:
     target.mkdir()
     state = load_file(original / "model.safetensors")
     files: dict[str, dict[str, torch.Tensor]] = {}
-    for module in ("model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"):
+    modules = ["model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"]
+    for module in modules if "lm_head.weight" in state else modules[:-1]:
         names = [f"{module}.{path}.weight" for path in LAYERS] if "layers" in module else [f"{module}.weight"]
         unit, _ = released.encode([state.pop(name) for name in names])
         arrays = {f"{module}.{key}": torch.from_numpy(array) for key, array in unit.arrays.items()}
         arrays[f"{module}.output_positions"] = arrays[f"{module}.output_positions"].view(torch.uint8)
+        arrays |= {key: state.pop(key) for key in list(state) if key.startswith(f"{module}.")}  # a block's norms
         files["model" if single_file else module.replace(".", "_")] = files.get("model", {}) | arrays
     files["model"] = files.get("model", {}) | state
     for name, tensors in files.items():
@@ -95,6 +103,40 @@ def test_what_does_not_fit_is_named(original: Path, tmp_path: Path) -> None:
         released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(original))
     with pytest.raises(CheckpointError, match="exists already"):
         released_checkpoint.write(original, tmp_path / "ours")
+
+
+def logits(directory: Path, **options: object) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options)
+    with torch.inference_mode():
+        return model(IDS).logits.view(torch.int16)  # type: ignore[no-any-return]
+
+
+@pytest.mark.skipif(not released.is_installed(), reason="needs the released package")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("single_file", [False, True])
+def test_they_load_as_compressed_models(original: Path, tmp_path: Path, single_file: bool, tied: bool) -> None:
+    if tied:
+        original = build(tmp_path / "original", tie_word_embeddings=True)
+    theirs = released_directory(original, tmp_path / "theirs", single_file)
+    expected = logits(original)
+    options = {"quantization_config": hf.DF11Config(granularity="block"), "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(theirs, **options)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    held = [m for m in model.modules() if modules.compressed_parameters(m)]
+    assert len(held) == 2 + 2 * len(LAYERS) and {p.device.type for p in model.parameters()} == {"cpu"}
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).logits.view(torch.int16), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(tmp_path / "again"), expected) and not released_checkpoint.is_released(tmp_path / "again")
+    with torch.inference_mode():
+        assert torch.equal(hf.load(theirs, "cpu")(IDS).logits.view(torch.int16), expected)
+
+
+def test_a_repository_fetched_in_part_is_told(original: Path, tmp_path: Path) -> None:
+    released_checkpoint.write(original, tmp_path / "ours")
+    (tmp_path / "ours" / "model_layers_1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks the compressed model\.layers\.1.*snapshot_download"):
+        logits(tmp_path / "ours", quantization_config=hf.DF11Config())
 
 
 def test_the_command_line(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
