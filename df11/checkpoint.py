@@ -33,6 +33,19 @@ MANIFEST = "df11.json"
 BEGUN = ".df11-begun.json"  # options of an unfinished run
 VERSION = 1
 QUANT_METHOD = "df11"
+REMOTE = "df11_remote"  # module of the remote code
+REMOTE_CODE = '''"""Lets from_pretrained(..., trust_remote_code=True) load these compressed weights without an import of df11."""
+
+import df11  # noqa: F401  registers the format
+import transformers
+
+
+class {architecture}(transformers.{architecture}):
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        # The library's own class: of one that is not, transformers would choose other kernels and not rename or merge weights.
+        return transformers.{architecture}.from_pretrained(*args, **kwargs)
+'''
 DTYPES = {"U8": np.uint8, "U32": np.uint32}
 
 Progress = Callable[[str, int], None]  # tensor, original bytes done with it
@@ -58,12 +71,14 @@ def compress(
     threads: int = 0,
     loadable: Callable[[Path], set[str]] | None = None,
     progress: Progress = lambda name, size: None,
+    remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compress the safetensors directory `source` to the new directory `target`. Returns the manifest.
 
     Works file by file, tensor by tensor, in a folder beside the target that is renamed at the end: an interrupted call goes on
     with the first unfinished file, and the result is the same bytes. `loadable` gives the names that the model has as
-    parameters; other tensors stay as they are (transformers merges some when it loads).
+    parameters; other tensors stay as they are (transformers merges some when it loads). `remote_code` adds what lets
+    `AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)` import df11 itself.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
@@ -71,7 +86,8 @@ def compress(
         raise CheckpointError(f"{source} is compressed already: `df11 info {source}` describes it")
     files = _weight_files(source)
     names = loadable(source) if loadable else None
-    options = {"include": list(include), "exclude": list(exclude), "source": _fingerprint(source, files)}
+    added = _remote_code(source) if remote_code else {}
+    options = {"include": list(include), "exclude": list(exclude), "added": added, "source": _fingerprint(source, files)}
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     begun = partial / BEGUN
@@ -82,7 +98,7 @@ def compress(
     for name, file in files.items():
         if not (partial / name).exists():
             _compress_file(file, partial / name, codec, lambda n, b, s: _wanted(n, b, s, names, include, exclude), progress)
-    manifest = _finish(source, partial, files)
+    manifest = _finish(source, partial, files, added)
     begun.unlink()
     partial.rename(target)
     return manifest
@@ -92,6 +108,17 @@ def _wanted(
     name: str, is_bf16: bool, shape: tuple[int, ...], names: set[str] | None, include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> bool:
     return selected(name, is_bf16, shape, include, exclude) and (names is None or name in names)
+
+
+def _remote_code(source: Path) -> dict[str, str]:
+    """Text by file name. Raises CheckpointError where the model has code of its own or names no class."""
+    config = json.loads((source / "config.json").read_text()) if (source / "config.json").exists() else {}
+    architectures = config.get("architectures") or []
+    if len(architectures) != 1 or not str(architectures[0]).isidentifier():
+        raise CheckpointError(f"{source / 'config.json'} does not name one architecture: remote code has none to load")
+    if "auto_map" in config or (source / f"{REMOTE}.py").exists():
+        raise CheckpointError(f"{source} has remote code of its own: import df11 before from_pretrained instead of adding more")
+    return {f"{REMOTE}.py": REMOTE_CODE.format(architecture=architectures[0])}
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:
@@ -171,8 +198,8 @@ def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _finish(source: Path, partial: Path, files: dict[str, Path]) -> dict[str, Any]:
-    """Index, config, the other files, and the manifest."""
+def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str, str]) -> dict[str, Any]:
+    """Index, config, the other files, those added, and the manifest."""
     weight_map: dict[str, str] = {}
     tensors: dict[str, Any] = {}
     headers = {}
@@ -192,10 +219,14 @@ def _finish(source: Path, partial: Path, files: dict[str, Path]) -> dict[str, An
     if (source / "config.json").exists():
         originals["config.json"] = (source / "config.json").read_text()
         config = json.loads(originals["config.json"]) | {"quantization_config": {"quant_method": QUANT_METHOD, "version": VERSION}}
+        if added:
+            config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE}.{config['architectures'][0]}"}
         _write(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in {*files, *originals} and path.suffix != ".safetensors":
             shutil.copyfile(path, partial / path.name)
+    for name, text in added.items():
+        _write(partial / name, text.encode())
     others = sorted(p for p in partial.iterdir() if p.is_file() and p.name not in {*files, BEGUN})
     manifest: dict[str, Any] = {
         "version": VERSION,
@@ -203,6 +234,7 @@ def _finish(source: Path, partial: Path, files: dict[str, Path]) -> dict[str, An
         "tensors": tensors,
         "headers": headers,
         "originals": originals,
+        "added": sorted(added),
         "files": {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in others},
     }
     manifest["checksum"] = _checksum(manifest)
@@ -360,7 +392,7 @@ def restore(directory: Path, target: Path, progress: Progress = lambda name, siz
             out.flush()
             os.fsync(out.fileno())
     for name in manifest["files"]:
-        if name not in manifest["originals"]:
+        if name not in (*manifest["originals"], *manifest["added"]):
             shutil.copyfile(directory / name, partial / name)
     for name, text in manifest["originals"].items():
         _write(partial / name, text.encode())

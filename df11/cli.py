@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         "--exclude", action="append", default=[], metavar="PATTERN", help="leave tensors of such names as they are"
     )
     compress.add_argument("--threads", type=int, default=0, help="default: all cores")
+    compress.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="also loads without `import df11`, by from_pretrained(..., trust_remote_code=True)",
+    )
     compress.add_argument("--released", action="store_true", help="write the layout of the released package dfloat11 instead")
     compress.set_defaults(run=_compress)
     info = commands.add_parser("info", help="sizes, and what is compressed and what is not")
@@ -95,8 +100,10 @@ def _size(directory: Path) -> int:
 
 def _compress(options: argparse.Namespace) -> None:
     if options.released:
-        if options.include or options.exclude:
-            raise checkpoint.CheckpointError("--include and --exclude do not go with --released, whose units are whole blocks")
+        if options.include or options.exclude or options.remote_code:
+            raise checkpoint.CheckpointError(
+                "--include, --exclude and --remote-code do not go with --released: that layout has whole blocks and no quantizer"
+            )
         with _progress("compressing", _size(options.source)) as progress:
             released_checkpoint.write(options.source, options.target, options.threads, progress)
         print(f"{options.target}: {_size(options.target) / 1e9:.4g} GB of {_size(options.source) / 1e9:.4g}")
@@ -109,7 +116,7 @@ def _compress(options: argparse.Namespace) -> None:
         loadable = hf.parameter_names
     patterns = (tuple(options.include), tuple(options.exclude))
     with _progress("compressing", _size(options.source)) as progress:
-        checkpoint.compress(options.source, options.target, *patterns, options.threads, loadable, progress)
+        checkpoint.compress(options.source, options.target, *patterns, options.threads, loadable, progress, options.remote_code)
     _info(argparse.Namespace(directory=options.target, all=False, entropy=False))
 
 

@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from df11 import released_checkpoint
-from df11.checkpoint import QUANT_METHOD, VERSION, CheckpointError
+from df11.checkpoint import QUANT_METHOD, REMOTE, VERSION, CheckpointError
 from df11.modules import PARTS, compress_, compress_own_, compressed_parameters, prepare, share, tie
 from df11.runtime import attach
 from df11.sources.files import SafetensorsSource
@@ -157,6 +157,10 @@ class DF11Quantizer(HfQuantizer):
             compress_(model, self.quantization_config.include, self.quantization_config.exclude)
         # Saved under the names that the model has: what transformers merged or renamed on loading cannot be undone on streams.
         model.__dict__["_weight_conversions"] = []
+        # Nor is the file that remote code names saved with the model.
+        code = str((getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
+        if code.rpartition("--")[2].startswith(f"{REMOTE}."):
+            del model.config.auto_map
         attach(model, self.quantization_config.granularity)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -1,8 +1,11 @@
 """transformers loads, runs and saves compressed checkpoints; all architectures at tiny size."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from df11 import checkpoint, hf, modules, runtime
+from experiments import evaluation
 
+ROOT = Path(__file__).parents[1]
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -102,7 +107,47 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
         assert not [key for key in file.keys() if key.startswith("lm_head")]  # noqa: SIM118
 
 
-def test_pipelines_and_sampling(llama: tuple[Path, Path]) -> None:
+def test_pipelines(llama: tuple[Path, Path], tokenizer: Any) -> None:
+    """From a directory, and around a model that was compressed while loading."""
+    generate = {"max_new_tokens": 12, "return_tensors": True, "tokenizer": tokenizer}
+    prompts = ["One thing after another", "And again:"]
+    ids = []
+    for model in (*map(str, llama), load(llama[0], quantization_config=hf.DF11Config())):
+        for sampled in (False, True):
+            torch.manual_seed(1)
+            made = transformers.pipeline("text-generation", model, device="cpu", **generate)(prompts, do_sample=sampled)
+            ids.append([answer["generated_token_ids"] for (answer,) in made])
+    assert len(ids[0][0]) > len(prompts[0]) and ids[0] != ids[1]
+    assert ids[0] == ids[2] == ids[4] and ids[1] == ids[3] == ids[5]
+
+
+@pytest.mark.slow
+def test_lm_evals_command_line(llama: tuple[Path, Path], tmp_path: Path, tokenizer: Any) -> None:
+    """The shipped definition of a task over local data, asked by `python -m df11.lm_eval` of both models."""
+    task = evaluation.fixture("mmlu_astronomy", tmp_path)
+    samples = []
+    for directory in llama:
+        tokenizer.save_pretrained(directory)
+        command = [sys.executable, "-m", "df11.lm_eval", "--model", "hf", "--model_args", f"pretrained={directory}"]
+        command += [
+            "--tasks",
+            task,
+            "--device",
+            "cpu",
+            "--batch_size",
+            "8",
+            "--log_samples",
+            "--output_path",
+            str(tmp_path / directory.name),
+        ]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        (file,) = (tmp_path / directory.name).rglob("samples_*.jsonl")
+        samples.append([json.loads(line) for line in file.read_text().splitlines()])
+    assert len(samples[0]) == 10
+    assert [evaluation.answers(s) for s in samples[0]] == [evaluation.answers(s) for s in samples[1]]
+
+
+def test_sampling(llama: tuple[Path, Path]) -> None:
     drawn = []
     for directory in llama:
         model = load(directory)
@@ -144,6 +189,43 @@ def test_without_df11_stock_transformers_refuses(llama: tuple[Path, Path]) -> No
     done = subprocess.run([sys.executable, "-c", code, str(llama[1])], capture_output=True, text=True)
     assert done.returncode != 0 and "AssertionError" not in done.stderr
     assert "mismatch" in done.stderr.lower() or "size" in done.stderr.lower(), done.stderr[-500:]
+
+
+REMOTE = """
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers.models.")
+torch.save(model(torch.arange(3, 43).view(2, 20)).logits, sys.argv[2])
+model.save_pretrained(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("name", ["llama tied", "mixtral"])
+def test_remote_code_loads_without_the_import(tmp_path: Path, name: str) -> None:
+    original = build(tmp_path / "original", name)
+    checkpoint.compress(original, tmp_path / "compressed", loadable=hf.parameter_names, remote_code=True)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "compressed"), str(tmp_path / "logits"), str(tmp_path / "again")]
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    logits = load(original)(IDS).logits
+    assert same(torch.load(tmp_path / "logits"), logits)
+    for directory in ("compressed", "again"):  # with the import and without the code
+        assert same(load(tmp_path / directory)(IDS).logits, logits)
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    checkpoint.restore(tmp_path / "compressed", tmp_path / "restored")
+    files = {path.name: path.read_bytes() for path in original.iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "restored").iterdir()} == files
+
+
+def test_remote_code_is_not_added_to_a_models_own(tmp_path: Path) -> None:
+    original = build(tmp_path / "original", "llama")
+    config = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.Config"}}))
+    with pytest.raises(checkpoint.CheckpointError, match="remote code of its own"):
+        checkpoint.compress(original, tmp_path / "compressed", remote_code=True)
+    (original / "config.json").write_text("{}")
+    with pytest.raises(checkpoint.CheckpointError, match="does not name one architecture"):
+        checkpoint.compress(original, tmp_path / "compressed", remote_code=True)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
 import lm_eval
 import pandas as pd
 import pytest
@@ -187,17 +189,30 @@ def test_samples_that_differ_are_counted() -> None:
 
 
 @pytest.mark.slow
-def test_losslessness_with_lm_eval(rows: Callable[..., pd.DataFrame], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def test_the_shipped_mmlu_asks_all_subjects(
+    rows: Callable[..., pd.DataFrame], monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    """What `eval=hub` runs, its 57 datasets replaced by a question each where they would be fetched."""
+    fetched = []
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["<s>", *alphabet])}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens(["<s>"])
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<s>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=512, **special)
+    def fetch(path: str, name: str, **options: object) -> datasets.DatasetDict:
+        fetched.append((path, name))
+        question = {"question": f"What is {name}?", "subject": name, "choices": ["this", "that", "both", "none"], "answer": 1}
+        return datasets.DatasetDict({split: datasets.Dataset.from_list([question]) for split in ("dev", "test", "validation")})
+
+    monkeypatch.setattr(datasets, "load_dataset", fetch)
+    monkeypatch.setattr(losslessness.hf, "tokenizer", lambda directory: tokenizer)
+    table = rows("experiment=losslessness", "eval=hub", "eval.tasks=[mmlu]", "eval.batch_size=32")
+    subjects = {file.stem for file in (Path(lm_eval.__path__[0]) / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")}
+    assert set(fetched) == {("cais/mmlu", name.removeprefix("mmlu_")) for name in subjects} and len(subjects) == 57
+    asked = table[table["phase"] == "lm_eval"].set_index(["codec", "metric"])["value"]
+    assert asked["dfloat11", "compared"] == 57 and asked["dfloat11", "sample_mismatches"] == 0
+    assert asked["bf16", "acc"] == asked["dfloat11", "acc"]
+
+
+@pytest.mark.slow
+def test_losslessness_with_lm_eval(rows: Callable[..., pd.DataFrame], monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """The tiny model with a tokenizer of bytes."""
     monkeypatch.setattr(losslessness.hf, "tokenizer", lambda directory: tokenizer)
     tasks = "[mmlu_astronomy,truthfulqa_mc2,c4]"
     table = rows("experiment=losslessness", "eval=fixtures", f"eval.tasks={tasks}", "eval.batch_size=16")
