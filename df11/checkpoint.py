@@ -225,8 +225,8 @@ def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in {*files, *originals} and path.suffix != ".safetensors":
             shutil.copyfile(path, partial / path.name)
-    for name, text in added.items():
-        _write(partial / name, text.encode())
+    for name, code in added.items():
+        _write(partial / name, code.encode())
     others = sorted(p for p in partial.iterdir() if p.is_file() and p.name not in {*files, BEGUN})
     manifest: dict[str, Any] = {
         "version": VERSION,

@@ -118,9 +118,16 @@ class DF11Quantizer(HfQuantizer):
         return torch.bfloat16
 
     def _process_model_before_weight_loading(
-        self, model: transformers.PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self,
+        model: transformers.PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         if checkpoint_files and released_checkpoint.is_released(Path(checkpoint_files[0]).parent):
+            places = set(device_map.values()) if isinstance(device_map, dict) else set()
+            if len(places) > 1 and places & {"cpu", "disk"}:
+                raise ValueError("a checkpoint of the released package cannot be offloaded: df11 restore, then df11 compress it")
             self._released = _Released(model, checkpoint_files)
             return
         if not self.pre_quantized:
@@ -214,10 +221,6 @@ class _Released:
                 if name not in self.tied:
                     module, leaf = get_module_from_name(self.model, name)
                     device = module._buffers[leaf].device
-                    if device.type == "meta":
-                        raise ValueError(
-                            f"device_map offloads {name}: compress the checkpoint anew (df11 restore, df11 compress) to do so"
-                        )
                     delattr(module, leaf)
                     module.register_parameter(leaf, nn.Parameter(weights.to(device), requires_grad=False))
                     compress_own_(module, name.rpartition(".")[0], config.include, config.exclude)

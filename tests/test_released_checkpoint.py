@@ -132,6 +132,12 @@ def test_they_load_as_compressed_models(original: Path, tmp_path: Path, single_f
         assert torch.equal(hf.load(theirs, "cpu")(IDS).logits.view(torch.int16), expected)
 
 
+def test_offloading_is_refused(original: Path, tmp_path: Path) -> None:
+    released_checkpoint.write(original, tmp_path / "ours")
+    with pytest.raises(ValueError, match="df11 restore, then df11 compress"):
+        logits(tmp_path / "ours", quantization_config=hf.DF11Config(), device_map={"model": "cpu", "lm_head": "disk"})
+
+
 def test_a_repository_fetched_in_part_is_told(original: Path, tmp_path: Path) -> None:
     released_checkpoint.write(original, tmp_path / "ours")
     (tmp_path / "ours" / "model_layers_1.safetensors").unlink()
