@@ -25,6 +25,7 @@ EXPERIMENTS = {
     "losslessness": "experiments.losslessness",
     "offload": "experiments.offload",
     "generation_length": "experiments.generation_length",
+    "load_time": "experiments.load_time",
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import evaluation, losslessness
+from experiments import evaluation, first_token, load_time, losslessness
 from experiments.config import Config
 from experiments.figures import __main__ as figures
 from experiments.figures import style
@@ -144,6 +144,29 @@ def test_losslessness(rows: Callable[..., pd.DataFrame]) -> None:
         different = table[table["metric"].str.endswith("mismatches")]
         assert len(different) == 1 + 3 * 2 * 4 and (different["value"] == 0).all()
         assert (table[table["metric"] == "compared"]["value"] > 0).all()
+
+
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_load_time(rows: Callable[..., pd.DataFrame], monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    if not fresh:
+        monkeypatch.setattr(load_time, "measure", first_token.measure)  # in this process
+    table = rows("experiment=load_time", "bench.repeats=2")
+    timed = table[table["metric"] == "total_s"]
+    assert sorted(zip(timed["codec"], timed["cache"], timed["repeat"], strict=True)) == [
+        (codec, cache, repeat) for codec in ("bf16", "dfloat11") for cache in ("cold", "warm") for repeat in ("0", "1")
+    ]
+    assert (timed["value"] > 0).all()
+    sizes = table[table["metric"] == "file_bytes"].set_index("codec")["value"]
+    assert 0.6 < sizes["dfloat11"] / sizes["bf16"] < 0.75
+    assert set(table["metric"]) > {"import_s", "load_s", "first_token_s", "read_s", "compress_s", "compress_gb_per_s", "verify_s"}
+
+
+def test_load_time_makes_synthetic_checkpoints(config: Callable[..., DictConfig], tmp_path: Path) -> None:
+    geometry = ["model.geometry.hidden_size=64", "model.geometry.intermediate_size=64", "model.geometry.vocab_size=256"]
+    geometry += ["model.geometry.num_attention_heads=4", "model.geometry.num_key_value_heads=4", "model.geometry.head_dim=16"]
+    cfg = runner.typed(config("experiment=load_time", "model=llama3_1_8b_synthetic", "model.sample_blocks=0", *geometry), Config)
+    directory, weights, _ = load_time.bf16(cfg, tmp_path / "bf16")
+    assert weights == "synthetic-normal" and len(list(load_time.compress(directory, tmp_path / "dfloat11"))) == 3
 
 
 def test_losslessness_counts_what_differs() -> None:
