@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,8 +48,11 @@ class {architecture}(transformers.{architecture}):
         # The library's own class: of one that is not, transformers would choose other kernels and not rename or merge weights.
         return transformers.{architecture}.from_pretrained(*args, **kwargs)
 '''
+AHEAD = 4  # tensors in work at a time
 DTYPES = {"U8": np.uint8, "U32": np.uint32}
 
+T = TypeVar("T")
+R = TypeVar("R")
 Progress = Callable[[str, int], None]  # tensor, original bytes done with it
 
 
@@ -102,6 +107,18 @@ def compress(
     begun.unlink()
     partial.rename(target)
     return manifest
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """work(item) for each, in their order, at most `ahead` at a time: one is read or written while another is coded."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(ahead) as pool:
+        for item in items:
+            if len(pending) == ahead:
+                yield pending.popleft().result()
+            pending.append(pool.submit(work, item))
+        while pending:
+            yield pending.popleft().result()
 
 
 def _wanted(
@@ -160,8 +177,8 @@ def _compress_file(
     with temporary.open("wb") as out:
         out.seek(8 + room)
         at = 0
-        for info in reader.tensors():
-            stored, record = _stored(reader, info, codec, wanted)
+        made = in_order(lambda info: _stored(reader, info, codec, wanted), reader.tensors(), min(AHEAD, codec.threads))
+        for info, (stored, record) in zip(reader.tensors(), made, strict=True):
             about["tensors"][info.name] = record
             for key, (dtype, shape, data) in stored.items():
                 entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
@@ -349,20 +366,23 @@ def verify(directory: Path, original: Path | None = None, progress: Progress = l
             raise CheckpointError(f"{directory / name} was changed or removed: restore it from a copy")
     reader = SafetensorsSource(original) if original else None
     codec = DFloat11()
-    count = 0
-    for file in open_files(directory):
-        for name in file.about["tensors"]:
-            expected = reader.read(name).reshape(-1).view(torch.uint8).numpy() if reader else None
-            at = 0
-            for piece in file.original(name, codec):
-                if expected is not None and not np.array_equal(piece, expected[at : at + piece.size]):
-                    raise FormatError(f"{name} in {file.path} is not what {original} holds")
-                at += piece.size
-            if expected is not None and at != expected.size:
-                raise FormatError(f"{name} in {file.path} has another size than in {original}")
-            progress(name, at)
-            count += 1
-    return count
+
+    def check(tensor: tuple[StoredFile, str]) -> int:
+        file, name = tensor
+        expected = reader.read(name).reshape(-1).view(torch.uint8).numpy() if reader else None
+        at = 0
+        for piece in file.original(name, codec):
+            if expected is not None and not np.array_equal(piece, expected[at : at + piece.size]):
+                raise FormatError(f"{name} in {file.path} is not what {original} holds")
+            at += piece.size
+        if expected is not None and at != expected.size:
+            raise FormatError(f"{name} in {file.path} has another size than in {original}")
+        return at
+
+    tensors = [(file, name) for file in open_files(directory) for name in file.about["tensors"]]
+    for (_, name), size in zip(tensors, in_order(check, tensors, min(AHEAD, codec.threads)), strict=True):
+        progress(name, size)
+    return len(tensors)
 
 
 def restore(directory: Path, target: Path, progress: Progress = lambda name, size: None) -> None:
