@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -431,14 +432,23 @@ def test_the_released_package_loads_our_checkpoint(llama: tuple[Path, Path], tmp
 
 
 @pytest.mark.skipif(not released.is_installed(), reason="needs the released package")
-def test_we_load_what_the_released_package_makes(llama: tuple[Path, Path], tmp_path: Path, package: ModuleType) -> None:
+@pytest.mark.parametrize("single_file", [True, False])
+def test_we_load_what_the_released_package_makes(
+    llama: tuple[Path, Path], tmp_path: Path, package: ModuleType, single_file: bool
+) -> None:
     from df11 import hf, released_checkpoint
     from df11.sources import SafetensorsSource
 
     source = SafetensorsSource(llama[0])
-    package.compress_model(hf.load(llama[0], "cpu"), PATTERNS, str(tmp_path / "theirs"), save_single_file=True)
+    package.compress_model(hf.load(llama[0], "cpu"), PATTERNS, str(tmp_path / "theirs"), save_single_file=single_file)
     shapes = {info.name: info.shape for info in source.tensors()}
     released_checkpoint.restore(tmp_path / "theirs", tmp_path / "back", shapes)
     back = SafetensorsSource(tmp_path / "back")
     assert {info.name for info in back.tensors()} == shapes.keys()
     assert all(same_bits(back.read(name), source.read(name)) for name in shapes)
+    config = tmp_path / "theirs" / "config.json"  # of a single file it holds nothing of the model
+    config.write_text(json.dumps(json.loads((llama[0] / "config.json").read_text()) | json.loads(config.read_text())))
+    ids = torch.arange(3, 103, device="cuda").view(2, 50)
+    with torch.inference_mode():
+        model = hf.load(tmp_path / "theirs", "cuda")
+        assert modules.is_compressed(model) and same_bits(model(ids).logits, hf.load(llama[0], "cuda")(ids).logits)

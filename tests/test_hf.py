@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from df11 import checkpoint, hf, modules, runtime
+from df11 import checkpoint, cli, hf, modules, runtime
+from df11.sources import ModelSpec, SafetensorsSource, open_source
 from experiments import evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,28 @@ def test_compress_while_loading(tmp_path: Path, name: str) -> None:
     model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     assert (tmp_path / "saved" / "model.safetensors.index.json").exists()
     assert same(load(tmp_path / "saved")(IDS).logits, logits)
+
+
+@pytest.mark.net
+@pytest.mark.slow
+def test_smollm2_from_end_to_end(tmp_path: Path) -> None:
+    spec = ModelSpec(**OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml")))  # type: ignore[misc]
+    source = open_source(spec, 0)
+    assert isinstance(source, SafetensorsSource)
+    assert cli.main(["compress", str(source.directory), str(tmp_path / "compressed")]) == 0
+    stored, original = ((d / "model.safetensors").stat().st_size for d in (tmp_path / "compressed", source.directory))
+    assert 0.67 < stored / original < 0.69
+    results = []
+    for directory in (source.directory, tmp_path / "compressed"):
+        settings = {
+            "max_new_tokens": 8,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+            "attention_mask": torch.ones_like(IDS),
+        }
+        results.append(load(directory, dtype=torch.bfloat16).generate(IDS, do_sample=False, **settings))
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    assert all(torch.equal(a, b) for a, b in zip(results[0].logits, results[1].logits, strict=True))
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
@@ -203,7 +227,7 @@ model.save_pretrained(sys.argv[3])
 @pytest.mark.parametrize("name", ["llama tied", "mixtral"])
 def test_remote_code_loads_without_the_import(tmp_path: Path, name: str) -> None:
     original = build(tmp_path / "original", name)
-    checkpoint.compress(original, tmp_path / "compressed", loadable=hf.parameter_names, remote_code=True)
+    assert cli.main(["compress", str(original), str(tmp_path / "compressed"), "--remote-code"]) == 0
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", REMOTE, str(tmp_path / "compressed"), str(tmp_path / "logits"), str(tmp_path / "again")]
     subprocess.run(command, env=environment, capture_output=True, check=True)
