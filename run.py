@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 if not sys.stderr.isatty():
@@ -16,6 +18,7 @@ from omegaconf import DictConfig
 
 from experiments.config import Config, register
 from experiments.harness import runner
+from experiments.harness.outcomes import Outcome, record, recorded, report
 
 EXPERIMENTS = {
     "compression_ratio": "experiments.compression_ratio",
@@ -31,21 +34,29 @@ EXPERIMENTS = {
 
 def main() -> int:
     register()
-    outcomes: list[runner.Outcome] = []
+    here = Path(__file__).resolve().parent / "results"
+    # Not in memory: a launcher may run the jobs in other processes or, with this folder shared, on other machines.
+    with tempfile.TemporaryDirectory(prefix=".ended-", dir=here) as ended:
 
-    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-    def job(cfg: DictConfig) -> None:
-        settings = HydraConfig.get()
+        @hydra.main(version_base="1.3", config_path="conf", config_name="config")
+        def job(cfg: DictConfig) -> None:
+            settings = HydraConfig.get()
+            several = settings.mode == RunMode.MULTIRUN
+            number, sweep = (settings.job.num, Path(settings.sweep.dir).name) if several else (0, "")
+            record(lost := Outcome(str(cfg.experiment), str(cfg.model.name), "failed", detail="process died"), Path(ended), number)
+            try:
+                runner.refuse_dropped_sweep(settings)
+                outcome = runner.run(cfg, Config, EXPERIMENTS, sweep)
+            except runner.UsageError as error:
+                print(f"run.py: {error}", file=sys.stderr)
+                outcome = replace(lost, detail=str(error))
+            record(outcome, Path(ended), number)
+
         try:
-            runner.refuse_dropped_sweep(settings)
-            sweep = Path(settings.sweep.dir).name if settings.mode == RunMode.MULTIRUN else ""
-            outcomes.append(runner.run(cfg, Config, EXPERIMENTS, sweep))
-        except runner.UsageError as error:
-            print(f"run.py: {error}", file=sys.stderr)
-            outcomes.append(runner.Outcome(str(cfg.experiment), str(cfg.model.name), "failed", detail=str(error)))
-
-    job()
-    return runner.report(outcomes)
+            job()
+        finally:  # also where Hydra exits, because a job's process died
+            status = report(recorded(Path(ended)))
+    return status
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ class Config:
     preflight: bool = False  # say what would be needed; run nothing
     promote: bool = False  # copy the rows to results/<experiment>.csv
     promote_anyway: bool = False  # also from a changed tree, also across GPUs
+    one_gpu: bool = False  # each process takes a GPU of the machine for itself
     results_dir: str = "results"
     cache_dir: str | None = None  # models; null: $DF11_CACHE or the user's cache
 

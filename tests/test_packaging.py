@@ -14,7 +14,8 @@ CONDA_NAMES = {"torch": "pytorch-gpu", "xxhash": "python-xxhash", "matplotlib": 
 def bounds() -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + [r for name in ("harness", "models", "evaluation", "tracking", "gpu") for r in extras[name]]
+    names = ("harness", "models", "evaluation", "tracking", "launchers", "gpu")
+    wanted = project["dependencies"] + [r for name in names for r in extras[name]]
     return dict(re.fullmatch(r"([\w-]+)(.*)", r).groups() for r in wanted)  # type: ignore[union-attr, misc]
 
 

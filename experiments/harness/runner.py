@@ -9,9 +9,9 @@ import json
 import random
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +21,9 @@ import pandas as pd
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.harness import preflight, provenance, sinks
+from experiments.harness import gpus, preflight, provenance, sinks
 from experiments.harness.api import SCHEMA, did_you_mean
+from experiments.harness.outcomes import Outcome
 from experiments.harness.store import Journal, ResultError, complete, promote, read_csv, to_csv, write_atomically
 
 PEERS = ("dfloat11", "nvidia-libnvcomp-cu13", "lm-eval")  # measured too where they are installed
@@ -31,17 +32,6 @@ SEMANTIC = ("experiment", "model", "codec", "bench", "eval", "device", "seed")  
 
 class UsageError(Exception):
     """A command that asks for something that is not there. Shown without a traceback."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one job of a sweep ended."""
-
-    experiment: str
-    model: str
-    state: str  # ok | skipped | failed | checked
-    folder: str = ""
-    detail: str = ""
 
 
 def typed(config: Any, schema: type) -> Any:
@@ -94,15 +84,17 @@ def run(config: Any, schema: type, experiments: Mapping[str, str], group: str = 
         good = preflight.check(module.preflight(cfg), results, cfg.device.name)
         return Outcome(cfg.experiment, cfg.model.name, "checked" if good else "failed", detail="" if good else "not enough")
     try:
-        gpu, gpus = provenance.gpu_name(cfg.device.name)
-    except provenance.ProvenanceError as error:
+        if cfg.one_gpu and cfg.device.name != "cpu":
+            gpus.claim()
+        gpu, count = provenance.gpu_name(cfg.device.name)
+    except (gpus.NoGpuFree, provenance.ProvenanceError) as error:
         raise UsageError(str(error)) from error
     fixed = {
         "experiment": cfg.experiment,
         "run_id": run_id(cfg, module, gpu),
         "model": cfg.model.name,
         "gpu": gpu,
-        "gpus": gpus,
+        "gpus": count,
     }
     folder = results / "runs" / cfg.experiment / fixed["run_id"]
     with _locked(folder):
@@ -190,13 +182,6 @@ def _present(cfg: Any, module: ModuleType, results: Path, folder: Path, group: s
         print(f"promoted to {results / cfg.experiment}.csv")
     if cfg.logger.name == "wandb":
         sinks.mirror_to_wandb(cfg.logger, folder, group or cfg.experiment, asdict(cfg), rows, table)
-
-
-def report(outcomes: Sequence[Outcome]) -> int:
-    """Print how each job ended; the exit status, 1 if any failed. A single failure has been told already."""
-    for o in outcomes if len(outcomes) > 1 else [o for o in outcomes if o.state != "failed"]:
-        print(f"{o.state}: {o.experiment} {o.model} {o.folder}" + (f" ({o.detail})" if o.detail else ""))
-    return int(any(o.state == "failed" for o in outcomes))
 
 
 def refuse_dropped_sweep(hydra: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -112,6 +113,12 @@ def promote(results: Path, experiment: str, run: Path, anyway: bool = False) -> 
 
     Refuses (ResultError) a run from a tree with uncommitted changes and rows of another GPU than those there, unless `anyway`.
     """
+    with (run.parent / "promote.lock").open("w") as lock:  # jobs of a sweep may end at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _merge(results, experiment, run, anyway)
+
+
+def _merge(results: Path, experiment: str, run: Path, anyway: bool) -> list[str]:
     provenance = json.loads((run / "provenance.json").read_text())
     target = results / f"{experiment}.csv"
     new, old = read_csv(run / "rows.csv"), read_csv(target) if target.exists() else []

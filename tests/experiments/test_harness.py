@@ -14,8 +14,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import Config
-from experiments.harness import memory, provenance, runner, store, timing
+from experiments.harness import memory, outcomes, provenance, runner, store, timing
 from experiments.harness.api import Point, did_you_mean
+from experiments.harness.outcomes import Outcome
 
 ROOT = Path(__file__).parents[2]
 TOY = {"toy": "tests.experiments.toy"}
@@ -23,11 +24,11 @@ CLEAN = {"sha": "a" * 40, "dirty": False, "tree": "t"}
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., runner.Outcome]:
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Runs the toy from a clean tree."""
     monkeypatch.setattr(provenance, "source", lambda: CLEAN)
 
-    def run(**changes: Any) -> runner.Outcome:
+    def run(**changes: Any) -> Outcome:
         base = {"experiment": "toy", "model": {"name": "m"}, "bench": {"repeats": 3}, "results_dir": str(tmp_path)}
         return runner.run(OmegaConf.merge(base, changes), Config, TOY)
 
@@ -37,7 +38,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., runner
 # Runs: done, skipped, resumed, failed.
 
 
-def test_a_run_is_stored_then_skipped_then_forced(toy: Callable[..., runner.Outcome]) -> None:
+def test_a_run_is_stored_then_skipped_then_forced(toy: Callable[..., Outcome]) -> None:
     first = toy()
     folder = Path(first.folder)
     assert first.state == "ok" and (folder / "DONE").exists()
@@ -51,7 +52,7 @@ def test_a_run_is_stored_then_skipped_then_forced(toy: Callable[..., runner.Outc
 
 
 def test_a_failure_keeps_its_rows_and_the_next_run_goes_on(
-    toy: Callable[..., runner.Outcome], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    toy: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TOY_FAILS_AT", "2")
     failed = toy()
@@ -59,7 +60,7 @@ def test_a_failure_keeps_its_rows_and_the_next_run_goes_on(
     assert failed.state == "failed" and "breaks here" in (folder / "ERROR.txt").read_text()
     assert not (folder / "DONE").exists() and not (folder / "rows.csv").exists()
     assert len(store.Journal(folder).points) == 2
-    assert runner.report([failed]) == 1
+    assert outcomes.report([failed]) == 1
     monkeypatch.delenv("TOY_FAILS_AT")
     assert toy().state == "ok" and not (folder / "ERROR.txt").exists()
     assert "goes on after 2" in capsys.readouterr().err
@@ -89,13 +90,13 @@ def test_a_killed_run_leaves_no_done_and_is_resumed_to_the_same_table(tmp_path: 
     assert (folder / "rows.csv").read_text() == (whole / "rows.csv").read_text()
 
 
-def test_a_run_that_another_process_writes_is_refused(toy: Callable[..., runner.Outcome]) -> None:
+def test_a_run_that_another_process_writes_is_refused(toy: Callable[..., Outcome]) -> None:
     folder = Path(toy().folder)
     with runner._locked(folder), pytest.raises(runner.UsageError, match="another process"):
         toy()
 
 
-def test_the_run_id_follows_what_decides_a_result(toy: Callable[..., runner.Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_id_follows_what_decides_a_result(toy: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     first = toy().folder
     assert toy(logger={"name": "console", "timeout_s": 3}, promote=False).folder == first
     assert toy(seed=1).folder != first
@@ -183,7 +184,7 @@ def test_promotion_leaves_no_samples_of_the_run_before(tmp_path: Path) -> None:
     assert [row["value"] for row in store.read_csv(tmp_path / "toy.csv")] == [9]
 
 
-def test_load_all_reads_finished_runs_only(toy: Callable[..., runner.Outcome], tmp_path: Path) -> None:
+def test_load_all_reads_finished_runs_only(toy: Callable[..., Outcome], tmp_path: Path) -> None:
     toy()
     (Path(toy(seed=1).folder) / "DONE").unlink()
     assert len(store.load_all(tmp_path, "toy")) == 6
@@ -225,7 +226,7 @@ def test_unknown_names_come_with_the_nearest_known_one() -> None:
 
 
 def test_preflight_runs_nothing_and_says_what_is_lacking(
-    toy: Callable[..., runner.Outcome],
+    toy: Callable[..., Outcome],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -264,7 +265,7 @@ def test_peak_memory_sees_an_allocation_and_its_reset() -> None:
 
 
 @pytest.mark.slow
-def test_wandb_mirrors_offline_without_an_account(toy: Callable[..., runner.Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_mirrors_offline_without_an_account(toy: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     outcome = toy(logger={"name": "wandb"})
     assert outcome.state == "ok"
@@ -273,9 +274,7 @@ def test_wandb_mirrors_offline_without_an_account(toy: Callable[..., runner.Outc
 
 
 @pytest.mark.slow
-def test_wandb_with_a_key_but_no_network_does_not_block(
-    toy: Callable[..., runner.Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_with_a_key_but_no_network_does_not_block(toy: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     start = time.monotonic()

@@ -36,7 +36,7 @@ def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
 if __name__ == "__main__":
     from omegaconf import OmegaConf
 
-    from experiments.harness import runner
+    from experiments.harness import outcomes, runner
 
     cfg = OmegaConf.create({"experiment": "toy", "model": {"name": "m"}, "bench": {"repeats": 30}, "results_dir": sys.argv[1]})
-    sys.exit(runner.report([runner.run(cfg, Config, {"toy": "tests.experiments.toy"})]))
+    sys.exit(outcomes.report([runner.run(cfg, Config, {"toy": "tests.experiments.toy"})]))
