@@ -8,7 +8,7 @@ NEEDED_GB := 5
 KERNELS := $(basename $(notdir $(wildcard kernels/*.cu)))
 ARCHS := sm_80 sm_90
 
-.PHONY: help run test lint figures kernels gpu-test clean
+.PHONY: help run test lint figures paper kernels gpu-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ lint: .venv/installed  ## ruff and mypy
 
 figures: .venv/installed  ## redraw every figure from results/
 	$(PY) -m experiments.figures
+
+paper: .venv/installed  ## measure every table and figure, one after another; goes on where it was stopped
+	$(PY) -m experiments.paper
 
 kernels:  ## compile every kernel (needs nvcc, no GPU)
 	@for arch in $(ARCHS); do for name in $(KERNELS); do echo "$$name $$arch"; \

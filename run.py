@@ -29,6 +29,10 @@ EXPERIMENTS = {
     "offload": "experiments.offload",
     "generation_length": "experiments.generation_length",
     "load_time": "experiments.load_time",
+    "latency_breakdown": "experiments.latency_breakdown",
+    "same_gpu": "experiments.same_gpu",
+    "capacity": "experiments.capacity",
+    "capacity_check": "experiments.capacity_check",
 }
 
 
@@ -43,7 +47,9 @@ def main() -> int:
             settings = HydraConfig.get()
             several = settings.mode == RunMode.MULTIRUN
             number, sweep = (settings.job.num, Path(settings.sweep.dir).name) if several else (0, "")
-            record(lost := Outcome(str(cfg.experiment), str(cfg.model.name), "failed", detail="process died"), Path(ended), number)
+            record(
+                lost := Outcome(str(cfg.experiment), str(cfg.model.name), "failed", detail="it did not end"), Path(ended), number
+            )
             try:
                 runner.refuse_dropped_sweep(settings)
                 outcome = runner.run(cfg, Config, EXPERIMENTS, sweep)

@@ -33,6 +33,16 @@ def tensor_shapes(geometry: Mapping[str, Any]) -> list[TensorInfo]:
     return [TensorInfo(name, tuple(p.shape), _SPELLING[p.dtype]) for name, p in model.named_parameters()]
 
 
+def cache_bytes(geometry: Mapping[str, Any], tokens: int) -> int:
+    """Bytes of the bf16 keys and values of one sequence of so many tokens; a sliding window keeps its own tokens only."""
+    config = transformers.AutoConfig.for_model(**geometry)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    kept = sum(min(tokens, config.sliding_window) if kind == "sliding_attention" else tokens for kind in kinds)
+    size: int = 2 * 2 * config.num_key_value_heads * head_dim * kept
+    return size
+
+
 def build_random(geometry: Mapping[str, Any], seed: int, directory: Path) -> None:
     """A bf16 model with transformers' own initialisation, saved as safetensors and config."""
     with torch.random.fork_rng(devices=[]):

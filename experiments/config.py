@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
 
 from df11.sources import ModelSpec
 
@@ -15,6 +16,15 @@ from df11.sources import ModelSpec
 class CodecConfig:
     name: str = "dfloat11"  # a format of df11.formats
     options: dict[str, Any] = field(default_factory=dict)  # its constructor's
+
+
+@dataclass
+class CardConfig:
+    """GPUs that a model may fit on."""
+
+    name: str = MISSING
+    mib: int = MISSING  # memory of each, as nvidia-smi says
+    count: int = 1
 
 
 @dataclass
@@ -30,6 +40,12 @@ class BenchConfig:
     tokens: int = 20  # decoded in each repeat; `warmup` of them before
     lengths: list[int] = field(default_factory=list)  # of a sequence, tokens
     batch_size: Any = 1  # a number, or a list of them: one job, a row each
+    prompt_tokens: int = 32  # of a sequence
+    kernels: list[str] = field(default_factory=lambda: ["fast"])  # that decompress: fast, paper, released
+    launches: list[str] = field(default_factory=lambda: ["eager"])  # eager, graph
+    granularities: list[str] = field(default_factory=lambda: ["block"])  # of decompression, as experiments/decoding.py names them
+    cards: list[CardConfig] = field(default_factory=list)
+    reserve_bytes: int = 0  # on each card, for the CUDA context, activations and fragments
 
     @property
     def batch_sizes(self) -> list[int]:

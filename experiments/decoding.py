@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 
+from df11 import ops, released
+from df11.modules import aligned, compressed_parameters
+
 LAUNCHES = ("eager", "graph")
+GRANULARITIES: dict[str, dict[str, Any]] = {  # of decompression, as in the column `granularity`: arguments of runtime.attach
+    "layer": {"granularity": "layer"},
+    "block": {"granularity": "block"},
+    "block, prefetched": {"granularity": "block", "prefetch": True},
+}
 
 
 class Decoder:
@@ -84,3 +94,50 @@ class Decoder:
         """What a step changes besides keys and values behind the end, which nothing reads before they are written again."""
         layers: list[Any] = self.cache.layers
         return [self.ids, *(layer.cumulative_length for layer in layers)]
+
+
+def decompression(
+    groups: Sequence[Sequence[ops.CompressedUnit]], kernel: str
+) -> tuple[Callable[[], None], list[list[torch.Tensor]]]:
+    """What decompresses units on torch's current stream, a group at a time into one buffer, and where: views bf16[numel].
+
+    Each group is one launch of `fast`, as in a model that decompresses by blocks.
+    """
+    places = []
+    for group in groups:
+        starts = [0]
+        for unit in group:
+            starts.append(starts[-1] + aligned(2 * unit.numel) // 2)
+        places.append(starts)
+    device = groups[0][0].sign_mantissa.device
+    buffer = torch.empty(max(starts[-1] for starts in places), dtype=torch.bfloat16, device=device)
+    views, works = [], []
+    for group, starts in zip(groups, places, strict=True):
+        out = [buffer[start : start + unit.numel] for start, unit in zip(starts, group, strict=False)]
+        views.append(out)
+        if kernel == "released":
+            works += [partial(released.decoder(unit), to) for unit, to in zip(group, out, strict=True)]
+        else:
+            works.append(partial(ops.decompress, group, out, kernel))
+
+    def decompress() -> None:
+        for work in works:
+            work()
+
+    return decompress, views
+
+
+def compressed_groups(model: torch.nn.Module) -> list[list[ops.CompressedUnit]]:
+    """A model's compressed units as granularity `block` decompresses them, each once even where weights are tied."""
+    seen: set[int] = set()
+    groups: dict[str, list[ops.CompressedUnit]] = {}
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    for name, module in model.named_modules():
+        prefix = next((p for p in blocks if name.startswith(p)), None)
+        group = prefix + name.removeprefix(prefix).split(".")[0] if prefix else name
+        for parameter in compressed_parameters(module).values():
+            unit = parameter.unit()
+            if id(unit) not in seen:
+                seen.add(id(unit))
+                groups.setdefault(group, []).append(unit)
+    return list(groups.values())

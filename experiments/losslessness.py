@@ -19,18 +19,13 @@ from df11 import checkpoint, hf, modules, runtime
 from df11.sources import SafetensorsSource, open_source
 from experiments import needs
 from experiments.config import Config
-from experiments.decoding import Decoder
+from experiments.decoding import GRANULARITIES, Decoder
 from experiments.harness.api import Need, Point
 
 AXES = ("phase", "granularity", "batch_size", "task")
 NEW_TOKENS = 16
 PROMPTS = {1: 33, 4: 21}  # batch size: tokens of each prompt
 
-RUNS: dict[str, dict[str, Any]] = {  # as in the column `granularity`
-    "layer": {"granularity": "layer"},
-    "block": {"granularity": "block"},
-    "block, prefetched": {"granularity": "block", "prefetch": True},
-}
 SCORES = ("acc", "word_perplexity")  # one of them a task
 
 Results = dict[tuple[str, str, int], torch.Tensor]  # launch, phase, batch size
@@ -83,7 +78,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
 
 def bit_rows(model: torch.nn.Module, cfg: Config, bits: dict[str, torch.Tensor], expected: Results) -> Iterator[dict[str, Any]]:
     yield from weight_rows(model, bits)
-    for granularity, settings in RUNS.items():
+    for granularity, settings in GRANULARITIES.items():
         runtime.attach(model, **settings)
         for (launch, phase, batch_size), got in outputs(model, cfg).items():
             wanted = expected[launch, phase, batch_size]

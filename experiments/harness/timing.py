@@ -41,3 +41,22 @@ def cuda_events(works: Mapping[str, Callable[[], object]], warmup: int, repeats:
                 events[name].append((start, stop))
         torch.cuda.synchronize()
     return {name: [start.elapsed_time(stop) * 1e-3 for start, stop in pairs] for name, pairs in events.items()}
+
+
+def graph(work: Callable[[], object]) -> Callable[[], None]:
+    """The replay of a CUDA graph of what `work` enqueues. It is called once before, so that what it loads lazily is there."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, stream=stream):
+        kept = work()
+
+    def replay(kept: object = kept) -> None:  # the result is written into: it must outlive the capture
+        captured.replay()
+
+    return replay

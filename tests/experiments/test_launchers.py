@@ -27,7 +27,7 @@ def test_a_failure_in_another_process_is_told_and_the_sweep_goes_on(tmp_path: Pa
 
 def test_the_latest_outcome_of_a_job_counts(tmp_path: Path) -> None:
     record(Outcome("e", "second", "skipped"), tmp_path, 10)
-    record(Outcome("e", "first", "failed", detail="its process died"), tmp_path, 9)
+    record(Outcome("e", "first", "failed", detail="it did not end"), tmp_path, 9)
     record(Outcome("e", "first", "ok"), tmp_path, 9)
     assert [(o.model, o.state) for o in recorded(tmp_path)] == [("first", "ok"), ("second", "skipped")]
 

@@ -1,0 +1,79 @@
+"""Fig. 10: BF16 against DF11 where both fit: decoding and prompt over batch sizes, DF11's ablation, and what was published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, load, published
+
+LAUNCHES = {"graph": "-", "eager": "--"}
+COLOURS = {"bf16": GREY, "dfloat11": BLUE}
+KERNELS = {"fast": BLUE, "cpu": BLUE, "paper": GREEN, "released": ORANGE}
+
+
+def draw(results: Path) -> Figure:
+    rows = load(results, "same_gpu")
+    (model,), (gpu,) = rows["model"].unique(), rows["gpu"].unique()
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 6.2))
+    where = f"{model}, {gpu if gpu != '-' else 'CPU'}, synthetic weights"
+    curves(axes[0, 0], rows, "decode", f"Decoding: {where}")
+    curves(axes[0, 1], rows, "prefill", "Prompts, the same")
+    ablation(axes[1, 0], rows)
+    paper = published(results, "same_gpu")
+    for codec, column in (("bf16", "bf16_tokens_per_s"), ("dfloat11", "df11_tokens_per_s")):
+        axes[1, 1].plot(paper["batch_size"], paper[column], color=COLOURS[codec], marker=".", label=label(codec))
+    finish(axes[1, 1], f"Published: {paper['model'].iloc[0]}, {paper['gpus'].iloc[0]}")
+    return figure
+
+
+def label(codec: str) -> str:
+    return "BF16" if codec == "bf16" else "DFloat11"
+
+
+def curves(axis: Axes, rows: pd.DataFrame, phase: str, title: str) -> None:
+    """Median tokens a second; of several BF16 variants, or ways of DF11, the fastest at each batch size."""
+    own = rows[(rows["phase"] == phase) & (rows["metric"] == "tokens_per_s")].astype({"batch_size": int})
+    median = own.groupby(["codec", "launch", "batch_size", "variant", "kernel", "granularity"])["value"].median()
+    fastest = median.groupby(["codec", "launch", "batch_size"]).max()
+    for codec, colour in COLOURS.items():
+        for launch, line in LAUNCHES.items():
+            if (codec, launch) in fastest.index.droplevel("batch_size"):
+                curve = fastest[codec, launch]
+                name = f"{label(codec)}, {'CUDA graph' if launch == 'graph' else 'eager'}"
+                axis.plot(curve.index, curve, line, color=colour, marker=".", label=name)
+    finish(axis, title)
+
+
+def ablation(axis: Axes, rows: pd.DataFrame) -> None:
+    """Milliseconds a step at the smallest batch, and decompression alone."""
+    steps = rows[rows["metric"] == "ms_per_step"].astype({"batch_size": int})
+    steps = steps[steps["batch_size"] == steps["batch_size"].min()]
+    launch = "graph" if (steps["launch"] == "graph").any() else "eager"
+    bars = []
+    for (_, variant, kernel, granularity), own in steps[steps["launch"] == launch].groupby(
+        ["codec", "variant", "kernel", "granularity"], sort=False
+    ):
+        name = f"BF16, {variant}" if kernel == "-" else f"{kernel}, by {granularity}"
+        bars.append((name, own["value"].median(), GREY if kernel == "-" else KERNELS[kernel]))
+    alone = rows[rows["metric"] == "decompression_ms_per_step"].groupby("kernel", sort=False)["value"].median()
+    bars += [(f"{kernel}, decompression alone", value, VERMILLION) for kernel, value in alone.items()]
+    names, values, colours = zip(*bars, strict=True)
+    axis.barh(names, values, color=colours, height=0.7)
+    for y, value in enumerate(values):
+        axis.text(value, y, f" {value:.1f}", va="center", fontsize=6)
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0, labelsize=6)
+    axis.set_xlim(0, 1.15 * max(values))
+    axis.set_xlabel("ms a step")
+    axis.set_title(f"Batch {steps['batch_size'].min()}, {'CUDA graph' if launch == 'graph' else 'eager'}", fontsize=8)
+
+
+def finish(axis: Axes, title: str) -> None:
+    axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel="tokens/s")
+    axis.set_title(title, fontsize=7)
+    axis.legend(fontsize=6)

@@ -1,0 +1,123 @@
+"""Fig. 6: where the time goes: embedding, one transformer block and lm_head, each forward and each decompression apart.
+
+Only these three are built. A batch is one sequence of so many tokens, without a cache. On a GPU both are CUDA graphs, so that
+launching from Python is not counted. The decompressed bits are compared with the weights before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+
+from df11 import hf, modules, released
+from experiments import budget
+from experiments.config import Config
+from experiments.decoding import decompression
+from experiments.harness import timing
+from experiments.harness.api import Need, Point
+
+AXES = ("component", "batch_size")
+
+Works = dict[tuple[str, str], Callable[[], object]]  # component, kernel (`-`: the forward)
+
+
+def preflight(cfg: Config) -> Iterable[Need]:
+    shapes = hf.tensor_shapes(one_block(cfg))
+    logits = 2 * max(cfg.bench.batch_sizes) * max(t.shape[0] for t in shapes)
+    held = 3 * sum(t.nbytes for t in shapes) + 2 * logits + timing.FLUSH_BYTES
+    gpu_memory = held if cfg.device.name == "cuda" else 0
+    return [Need("embedding, one block, lm_head", memory=2 * held - gpu_memory, gpu_memory=gpu_memory, minutes=1)]
+
+
+def one_block(cfg: Config) -> dict[str, Any]:
+    if not cfg.model.geometry:
+        raise ValueError(f"model={cfg.model.name} has no geometry: choose a synthetic model")
+    return cfg.model.geometry | {"num_hidden_layers": 1}
+
+
+def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
+    missing = {f"{tokens} tokens": tokens for tokens in cfg.bench.batch_sizes if f"{tokens} tokens" not in done}
+    if not missing:
+        return
+    weights, on_gpu = budget.weights(cfg.model), cfg.device.name == "cuda"
+    model = hf.build(one_block(cfg), cfg.seed, cfg.device.name)
+    compressed = hf.build(one_block(cfg), cfg.seed, cfg.device.name, modules.compress_own_)
+    parts = components(model)
+    decoders = decompressors(cfg, parts, components(compressed))
+    about = {"source": "synthetic", "distribution": "transformers' initialisation", "seed": cfg.seed}
+    for key, tokens in missing.items():
+        ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(cfg.seed))
+        works: Works = {(name, "-"): call for name, call in forwards(model, parts, ids.to(cfg.device.name)).items()}
+        seconds = measure(cfg, works | decoders)
+        rows = []
+        for (component, kernel), samples in seconds.items():
+            identity = {"weights": weights, "launch": "graph" if on_gpu else "eager", "batch_size": tokens}
+            identity |= {"component": component, "kernel": kernel, "codec": "bf16" if kernel == "-" else "dfloat11"}
+            metric = "forward_ms" if kernel == "-" else "decompression_ms"
+            rows += [
+                identity | {"metric": metric, "value": 1e3 * value, "unit": "ms", "repeat": repeat}
+                for repeat, value in enumerate(samples)
+            ]
+        yield Point(key, rows, about)
+
+
+def components(model: Any) -> dict[str, torch.nn.Module]:
+    return {"embedding": model.get_input_embeddings(), "block": model.model.layers[0], "lm_head": model.get_output_embeddings()}
+
+
+def decompressors(cfg: Config, parts: dict[str, torch.nn.Module], compressed: dict[str, torch.nn.Module]) -> Works:
+    """What decompresses each component by each kernel. Raises ValueError where a bit is not the original's."""
+    kernels = [k for k in cfg.bench.kernels if k != "released" or released.is_installed()] if cfg.device.name == "cuda" else ["cpu"]
+    works: Works = {}
+    for component, part in compressed.items():
+        found = [
+            (parameter.unit(), original.get_parameter(name))
+            for module, original in zip(part.modules(), parts[component].modules(), strict=True)
+            for name, parameter in modules.compressed_parameters(module).items()
+        ]
+        for kernel in kernels:
+            work, ((*views,),) = decompression([[unit for unit, _ in found]], "fast" if kernel == "cpu" else kernel)
+            work()
+            for view, (_, original) in zip(views, found, strict=True):
+                if not torch.equal(view.view(torch.int16), original.detach().view(-1).view(torch.int16)):
+                    raise ValueError(f"{component}, {kernel}: the weights do not come back bit for bit")
+            works[component, kernel] = work
+    return works
+
+
+@torch.inference_mode()
+def forwards(model: Any, parts: dict[str, torch.nn.Module], ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Each component's forward on what it gets in the model's forward of int64 [1, tokens]."""
+    calls: dict[str, Callable[[], object]] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            calls[name] = torch.inference_mode()(lambda: module.forward(*arguments, **named))
+
+        return hook
+
+    handles = [part.register_forward_pre_hook(remember(name), with_kwargs=True) for name, part in parts.items()]
+    model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def measure(cfg: Config, works: Works) -> dict[tuple[str, str], list[float]]:
+    warmup, repeats = cfg.bench.warmup, cfg.bench.repeats
+    if cfg.device.name == "cpu":
+        return {name: timing.wall_clock(work, warmup, repeats) for name, work in works.items()}
+    seconds = timing.cuda_events({" ".join(name): timing.graph(work) for name, work in works.items()}, warmup, repeats)
+    return {name: seconds[" ".join(name)] for name in works}
+
+
+def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
+    """Median milliseconds, a line a component and batch, a column the forward and each kernel."""
+    names = rows["kernel"].where(rows["metric"] == "decompression_ms", "forward")
+    wide = rows.assign(name=names).pivot_table(
+        index=["component", "batch_size"], columns="name", values="value", aggfunc="median", sort=False
+    )
+    return wide.reset_index().rename_axis(columns=None)
