@@ -20,20 +20,11 @@ from experiments.config import Config, register
 from experiments.harness import runner
 from experiments.harness.outcomes import Outcome, record, recorded, report
 
-EXPERIMENTS = {
-    "compression_ratio": "experiments.compression_ratio",
-    "exponent_entropy": "experiments.exponent_entropy",
-    "compression_time": "experiments.compression_time",
-    "decompression": "experiments.decompression",
-    "losslessness": "experiments.losslessness",
-    "offload": "experiments.offload",
-    "generation_length": "experiments.generation_length",
-    "load_time": "experiments.load_time",
-    "latency_breakdown": "experiments.latency_breakdown",
-    "same_gpu": "experiments.same_gpu",
-    "capacity": "experiments.capacity",
-    "capacity_check": "experiments.capacity_check",
-}
+NAMES = (
+    *("compression_ratio", "exponent_entropy", "compression_time", "decompression", "losslessness", "load_time"),
+    *("offload", "generation_length", "latency_breakdown", "same_gpu", "capacity", "capacity_check"),
+)
+EXPERIMENTS = {name: f"experiments.{name}" for name in NAMES}
 
 
 def main() -> int:

@@ -70,13 +70,13 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def build(cfg: Config, codec: str, expandable: bool = True) -> transformers.PreTrainedModel:
+def build(cfg: Config, codec: str) -> transformers.PreTrainedModel:
     """The model's geometry with weights made by seed on the device, in bf16, or compressed module by module.
 
-    Torch's allocator takes expandable segments from then on, if they are asked for: fragments would eat the budget.
+    Torch's allocator takes expandable segments from then on: fragments would eat the budget.
     """
     if cfg.device.name == "cuda":
-        torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{expandable}")  # what PYTORCH_ALLOC_CONF sets at start
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # what PYTORCH_ALLOC_CONF sets at start
         release()  # what came before
     finish = {"bf16": lambda module: None, "dfloat11": modules.compress_own_}[codec]
     model = hf.build(cfg.model.geometry, cfg.seed, cfg.device.name, finish)

@@ -101,7 +101,7 @@ def measure(cfg: Config, name: str, batch_sizes: list[int]) -> Iterator[tuple[in
     """Rows of a variant at each batch size."""
     codec, placement, granularity = VARIANTS[name]
     on_gpu = cfg.device.name == "cuda"
-    model = budget.build(cfg, codec, expandable=placement != "accelerate")  # which frees memory at every transfer: as users run it
+    model = budget.build(cfg, codec)
     manifest = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     buffers = runtime.attach(model, granularity) if codec == "dfloat11" else None
     host_memory = HOST_MEMORY.get(placement, "-")

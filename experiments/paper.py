@@ -27,6 +27,7 @@ GPU = (
     "experiment=generation_length",
     "experiment=generation_length model=mistral_small_24b_synthetic bench.memory_mib=49128",
     "experiment=generation_length model=llama3_1_8b_synthetic bench.memory_mib=20480",
+    "experiment=load_time model=llama3_1_8b_synthetic model.sample_blocks=0 device=cuda",
     "experiment=latency_breakdown",
     "experiment=same_gpu",
     "experiment=same_gpu bench.kernels=[] bench.variants=[compiled,merged_compiled] bench.launches=[graph] bench.batch_size=[1,64]",
