@@ -7,13 +7,27 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from experiments.figures import compression_ratio, compression_time, decompression, exponent_entropy, style
+from experiments.figures import (
+    compression_ratio,
+    compression_time,
+    decompression,
+    exponent_entropy,
+    generation_length,
+    latency_breakdown,
+    offload,
+    same_gpu,
+    style,
+)
 
 FIGURES = {
     "compression_ratio": compression_ratio.draw,
     "exponent_entropy": exponent_entropy.draw,
     "compression_time": compression_time.draw,
     "decompression": decompression.draw,
+    "offload": offload.draw,
+    "generation_length": generation_length.draw,
+    "latency_breakdown": latency_breakdown.draw,
+    "same_gpu": same_gpu.draw,
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.figures.style import BLUE, GREY, VERMILLION, load, one, published
 
@@ -34,6 +35,7 @@ def draw(results: Path) -> Figure:
         what = model if model.endswith("_synthetic") else f"{model} ({weights})"
         axis.set_title(f"Measured, {what}\n{gpu}, {memory} MiB: {most['dfloat11'] / most['bf16']:.1f} times as many", fontsize=7)
         axis.set(xlabel="tokens (dotted: predicted)", ylabel="GB of GPU memory")
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.legend(fontsize=6, loc="lower right")
     axis = axes[0][-1]
     at = np.arange(len(paper))
@@ -46,6 +48,7 @@ def draw(results: Path) -> Figure:
     axis.set_xlim(0, 1.2 * paper["df11_tokens"].max())
     axis.invert_yaxis()
     axis.set(xlabel="tokens")
+    axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.set_title("Published", fontsize=7)
     axis.legend(fontsize=6, loc="upper right")
     return figure

@@ -20,7 +20,7 @@ def draw(results: Path) -> Figure:
     rows = load(results, "same_gpu")
     (model,), (gpu,) = rows["model"].unique(), rows["gpu"].unique()
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 6.2))
-    where = f"{model}, {gpu if gpu != '-' else 'CPU'}, synthetic weights"
+    where = f"{model}, {gpu if gpu != '-' else 'CPU'}"
     curves(axes[0, 0], rows, "decode", f"Decoding: {where}")
     curves(axes[0, 1], rows, "prefill", "Prompts, the same")
     ablation(axes[1, 0], rows)
