@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from experiments.figures import (
+    capacity,
     compression_ratio,
     compression_time,
     decompression,
@@ -28,6 +29,7 @@ FIGURES = {
     "generation_length": generation_length.draw,
     "latency_breakdown": latency_breakdown.draw,
     "same_gpu": same_gpu.draw,
+    "capacity": capacity.draw,
 }
 
 
