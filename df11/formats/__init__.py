@@ -53,9 +53,9 @@ def chunks_of(tensors: Sequence[torch.Tensor]) -> Chunks:
 
 def get_format(name: str, **options: Any) -> Format:
     """A format by its name in the `codec` column."""
-    from df11.formats import baselines, dfloat11
+    from df11.formats import baselines, dfloat11, tiled
 
-    formats: dict[str, Callable[..., Format]] = {"bf16": baselines.BFloat16, "dfloat11": dfloat11.DFloat11}
+    formats: dict[str, Callable[..., Format]] = {"bf16": baselines.BFloat16, "dfloat11": dfloat11.DFloat11, "tiled": tiled.Tiled}
     if name not in formats:
         raise ValueError(f"no format {name!r}: there are {', '.join(formats)}")
     return formats[name](**options)

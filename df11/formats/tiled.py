@@ -1,0 +1,500 @@
+"""The tiled layout: fixed numbers of weights for each lane of a warp, in the order in which tensor cores take them.
+
+A weight is `s uuuuuuu llllllll`: sign, the upper seven exponent bits, and a low byte. Sign and low byte are stored as they are;
+the upper exponents are coded, four weights by one code of at most 12 bits: each has a rank 0 to 6 among the commonest values of the
+unit, or is an escape (7), which a list of patches restores. docs/format.md has the layout to the byte.
+
+A unit is a list of matrices with one code. A matrix [rows, columns] is cut into tiles of 16 rows and 16 F columns (F fragments of
+mma.m16n8k16, F = 8, 12 or 16: the one with the least padding). What does not get smaller, or is no matrix, is stored as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import xxhash
+from numba import njit
+
+from df11 import bits
+from df11.formats import Chunks, FormatError, expect
+from df11.huffman import canonical_codes, code_lengths
+
+WINDOW = 12  # bits of the longest code
+RANKS = 7  # upper exponents with a rank of their own
+ESCAPE = 7
+TUPLES = 8**4
+NONE = TUPLES - 1  # the tuple of four escapes stands for all that have no code
+KEPT = (1, 7, 50, 150, 300, 500, 700, 900, 1200, 1600, 2400)  # how many tuples to give a code: the cheapest of these
+FRAGMENTS = (16, 12, 8)  # of a tile, by preference
+LANES = 32
+ROWS = 16  # of a tile
+PATCH_BITS = 32
+TILES_A_TASK = 512
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class TiledCode:
+    """What the upper exponents of a unit are coded by."""
+
+    table: np.ndarray  # uint32[4096] by the next 12 bits, first bit lowest: ranks of the four weights, 4 bits each; length << 16
+    uppers: np.ndarray  # uint8[8] of each rank; 0 for escapes
+
+    @property
+    def nbytes(self) -> int:
+        return self.table.nbytes + self.uppers.nbytes
+
+
+@dataclass(frozen=True)
+class TiledMatrix:
+    """One matrix: either the arrays of the layout, T tiles in order of rows, then columns, or `raw`."""
+
+    shape: tuple[int, ...]
+    fragments: int  # F; 0 where raw
+    low: np.ndarray  # uint8[T, F / 2, 32, 16]
+    sign: np.ndarray  # uint32[T, F / 4, 32]
+    stream: np.ndarray  # uint32[words]
+    tiles: np.ndarray  # uint32[T + 1, 2]: where the tile's stream starts, in units of 4 words, and its first patch
+    counts: np.ndarray  # uint8[T]: rows of the stream that all lanes have, further rows << 4
+    patches: np.ndarray  # uint32[patches]: row << 28 | column of the tile << 16 | bf16 pattern
+    raw: np.ndarray | None = None  # uint16[n]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows, and columns, which are the last dimension."""
+        return math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is stored, by name."""
+        if self.raw is not None:
+            return {"raw": self.raw}
+        return {name: getattr(self, name) for name in ("low", "sign", "stream", "tiles", "counts", "patches")}
+
+
+@dataclass(frozen=True)
+class TiledUnit:
+    code: TiledCode
+    matrices: tuple[TiledMatrix, ...]
+    checksum: str = ""  # XXH3-128 of the original little-endian bf16 bytes, "" where the maker stored none
+
+    @property
+    def numel(self) -> int:
+        return sum(matrix.numel for matrix in self.matrices)
+
+
+def tile_fragments(columns: int) -> int:
+    """F for a matrix of so many columns: the least padding, then the largest."""
+    return min(FRAGMENTS, key=lambda f: -(-columns // (16 * f)) * f)
+
+
+def make_code(histogram: np.ndarray) -> TiledCode:
+    """The code of a unit from its exponent histogram, int64[256], as if neighbouring weights were independent."""
+    upper = histogram.reshape(128, 2).sum(1)
+    total = max(int(upper.sum()), 1)
+    ranked = np.argsort(-upper, kind="stable")[:RANKS]
+    p = upper[ranked] / total
+    p = np.append(p, max(1 - p.sum(), 0.0))
+    tuples = np.einsum("a,b,c,d->abcd", p, p, p, p).reshape(-1)
+    order = np.argsort(-tuples, kind="stable")
+    order = order[order != NONE]
+    best = (math.inf, np.zeros(0, np.uint8))
+    for kept in KEPT:
+        chosen = order[:kept][tuples[order[:kept]] > 0]
+        weights = np.zeros(TUPLES)
+        weights[chosen] = tuples[chosen]
+        weights[NONE] = rest = max(1 - weights.sum(), 0.0)
+        # At least one, so that every chosen tuple has a code, and so has the one that stands for all others.
+        counts = np.where(weights > 0, np.maximum((weights * 2**40).astype(np.int64), 1), 0)
+        counts[NONE] = max(counts[NONE], 1)
+        lengths = code_lengths(counts, WINDOW)
+        cost = (weights * lengths).sum() + PATCH_BITS * ((weights * ESCAPES)[:NONE].sum() + 4 * rest)
+        best = min(best, (float(cost), lengths), key=lambda b: b[0])
+    lengths = best[1]
+    table = np.zeros(1 << WINDOW, np.uint32)
+    codes = canonical_codes(lengths)
+    for tuple_ in np.flatnonzero(lengths):
+        length = int(lengths[tuple_])
+        table[reverse(int(codes[tuple_]), length) :: 1 << length] = selector(int(tuple_)) | length << 16
+    table[table == 0] = selector(NONE) | 1 << 16  # a lone code of one bit leaves half of the table
+    uppers = np.zeros(8, np.uint8)
+    uppers[: len(ranked)] = ranked
+    return TiledCode(table, uppers)
+
+
+ESCAPES = np.array([ranks.count(ESCAPE) for ranks in itertools.product(range(8), repeat=4)])
+
+
+def reverse(code: int, length: int) -> int:
+    """First bit lowest."""
+    return int(f"{code:0{length}b}"[::-1], 2)
+
+
+def selector(tuple_: int) -> int:
+    """Four ranks, the first in the highest three bits, as nibbles, the first lowest."""
+    return sum((tuple_ >> 9 - 3 * i & 7) << 4 * i for i in range(4))
+
+
+class Tiled:
+    """Encoder and decoder. Work is spread over `threads` threads (0: all cores)."""
+
+    name = "tiled"
+
+    def __init__(self, threads: int = 0) -> None:
+        if threads < 0:
+            raise ValueError(f"threads={threads}: give a number of threads, or 0 for all cores")
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+
+    def encode(self, chunks: Chunks, shapes: Sequence[tuple[int, ...]]) -> TiledUnit:
+        """Compress a bf16 stream that holds tensors of these shapes, read twice. Memory: the result and the largest tensor.
+
+        Raises ValueError where the stream does not match the shapes.
+        """
+        digest, histogram, n = xxhash.xxh3_128(), np.zeros(256, np.int64), 0
+        for chunk in chunks():
+            flat = bits.to_bits(chunk)
+            digest.update(flat.data)
+            histogram += bits.histogram(flat)
+            n += flat.size
+        expected = sum(math.prod(shape) for shape in shapes)
+        if n != expected:
+            raise ValueError(f"the stream holds {n} weights where the shapes ask for {expected}")
+        code = make_code(histogram)
+        matrices = tuple(self._encode(flat, shape, code) for flat, shape in _tensors(chunks, shapes))
+        return TiledUnit(code, matrices, digest.hexdigest())
+
+    def encode_tensors(self, tensors: Sequence[torch.Tensor]) -> TiledUnit:
+        """Compress tensors in memory as one unit."""
+        return self.encode(lambda: (t.reshape(-1) for t in tensors), [tuple(t.shape) for t in tensors])
+
+    def decode(self, unit: TiledUnit) -> list[torch.Tensor]:
+        """The original tensors. Raises FormatError where anything does not fit."""
+        self.check(unit)
+        digest, tensors = xxhash.xxh3_128(), []
+        for matrix in unit.matrices:
+            flat = self._decode(unit.code, matrix)
+            digest.update(flat.data)
+            tensors.append(bits.from_bits(flat, matrix.shape))
+        if unit.checksum and digest.hexdigest() != unit.checksum:
+            raise FormatError("the decoded weights do not match the stored checksum: the data was altered")
+        return tensors
+
+    def stream(self, unit: TiledUnit) -> Iterator[torch.Tensor]:
+        """The decoded tensors, flat. A wrong checksum raises FormatError after the last."""
+        self.check(unit)
+        digest = xxhash.xxh3_128()
+        for matrix in unit.matrices:
+            flat = self._decode(unit.code, matrix)
+            digest.update(flat.data)
+            yield bits.from_bits(flat, (flat.size,))
+        if unit.checksum and digest.hexdigest() != unit.checksum:
+            raise FormatError("the decoded weights do not match the stored checksum: the data was altered")
+
+    def nbytes(self, unit: TiledUnit) -> dict[str, int]:
+        sizes = {"code": unit.code.nbytes}
+        for matrix in unit.matrices:
+            for name, array in matrix.arrays.items():
+                sizes[name] = sizes.get(name, 0) + array.nbytes
+        return sizes
+
+    def check(self, unit: TiledUnit) -> None:
+        """Raise FormatError unless sizes, table and indices fit each other. The streams are checked while decoding."""
+        table, uppers = unit.code.table, unit.code.uppers
+        expect(table.dtype == np.uint32 and table.shape == (1 << WINDOW,), f"table: expected uint32[{1 << WINDOW}]")
+        lengths = table >> 16
+        expect(bool((lengths >= 1).all() and (lengths <= WINDOW).all()), "table: a code is not 1 to 12 bits long")
+        expect(not (table & 0x8888).any(), "table: a rank is not 0 to 7")
+        expect(uppers.dtype == np.uint8 and uppers.shape == (8,), "uppers: expected uint8[8]")
+        expect(bool((uppers < 128).all()) and uppers[ESCAPE] == 0, "uppers: not seven exponents below 128 and a zero")
+        for matrix in unit.matrices:
+            _check(matrix)
+
+    def _encode(self, flat: np.ndarray, shape: tuple[int, ...], code: TiledCode) -> TiledMatrix:
+        rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+        if len(shape) < 2 or not flat.size:
+            return raw_matrix(shape, flat)
+        fragments = tile_fragments(columns)
+        across = -(-columns // (16 * fragments))
+        count = -(-rows // ROWS) * across
+        fixed = count * fragments * (256 + 32) + 9 * count  # bytes of low, sign, tiles and counts
+        if fixed >= 2 * flat.size:
+            return raw_matrix(shape, flat)
+        ranks, lengths, values = _encoder_tables(code)
+        words, patched, counts = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.uint8)
+        size = (rows, columns, fragments, across)
+
+        def measure(first: int) -> None:
+            last = min(first + TILES_A_TASK, count)
+            _measure(flat, *size, ranks, lengths, first, last, words, patched, counts)
+
+        self._map(measure, range(0, count, TILES_A_TASK))
+        tiles = np.zeros((count + 1, 2), np.int64)
+        np.cumsum(words, out=tiles[1:, 0])
+        np.cumsum(patched, out=tiles[1:, 1])
+        if tiles.max() >= 1 << 32 or fixed + 16 * tiles[-1, 0] + 4 * tiles[-1, 1] >= 2 * flat.size:
+            return raw_matrix(shape, flat)
+        low = np.empty((count, fragments // 2, LANES, 16), np.uint8)
+        sign = np.empty((count, fragments // 4, LANES), np.uint32)
+        stream, patches = np.zeros(4 * int(tiles[-1, 0]), np.uint32), np.empty(int(tiles[-1, 1]), np.uint32)
+
+        def write(first: int) -> None:
+            last = min(first + TILES_A_TASK, count)
+            _write(flat, *size, ranks, lengths, values, first, last, tiles, counts, low, sign, stream, patches)
+
+        self._map(write, range(0, count, TILES_A_TASK))
+        return TiledMatrix(shape, fragments, low, sign, stream, tiles.astype(np.uint32), counts, patches)
+
+    def _decode(self, code: TiledCode, matrix: TiledMatrix) -> np.ndarray:
+        if matrix.raw is not None:
+            return matrix.raw
+        rows, columns = matrix.size
+        across = -(-columns // (16 * matrix.fragments))
+        out = np.empty(matrix.numel, np.uint16)
+        tiles = matrix.tiles.astype(np.int64)
+
+        def read(first: int) -> int:
+            last = min(first + TILES_A_TASK, len(matrix.counts))
+            arrays = (matrix.low, matrix.sign, matrix.stream, tiles, matrix.counts, matrix.patches)
+            return int(_read(code.table, code.uppers, *arrays, rows, columns, matrix.fragments, across, first, last, out))
+
+        for bad in self._map(read, range(0, len(matrix.counts), TILES_A_TASK)):
+            expect(bad < 0, f"tile {bad} of a matrix {list(matrix.shape)} does not decode as its header says")
+        return out
+
+    def _map(self, function: Callable[[int], R], items: Sequence[int]) -> list[R]:
+        # The numba kernels release the GIL. One thread means this one.
+        if self._pool is None or len(items) < 2:
+            return [function(item) for item in items]
+        return list(self._pool.map(function, items))
+
+
+def raw_matrix(shape: tuple[int, ...], flat: np.ndarray) -> TiledMatrix:
+    none = np.empty(0, np.uint32)
+    return TiledMatrix(shape, 0, none.astype(np.uint8), none, none, none, none.astype(np.uint8), none, flat.copy())
+
+
+def _tensors(chunks: Chunks, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+    """The stream cut into tensors, uint16[n] each."""
+    pieces = (bits.to_bits(chunk) for chunk in chunks())
+    rest = np.empty(0, np.uint16)
+    for shape in shapes:
+        n = math.prod(shape)
+        if not rest.size and n:
+            rest = next(pieces)
+        if rest.size >= n:
+            flat, rest = rest[:n], rest[n:]
+        else:
+            flat, at = np.empty(n, np.uint16), 0
+            while at < n:
+                if not rest.size:
+                    rest = next(pieces)
+                taken = rest[: n - at]
+                flat[at : at + taken.size] = taken
+                at, rest = at + taken.size, rest[taken.size :]
+        yield flat, shape
+
+
+def _check(matrix: TiledMatrix) -> None:
+    if matrix.raw is not None:
+        expect(matrix.raw.dtype == np.uint16 and matrix.raw.shape == (matrix.numel,), f"raw: expected uint16[{matrix.numel}]")
+        return
+    f = matrix.fragments
+    expect(f in FRAGMENTS and len(matrix.shape) > 1, f"a matrix of shape {list(matrix.shape)} has tiles of {f} fragments")
+    rows, columns = matrix.size
+    count = -(-rows // ROWS) * -(-columns // (16 * f))
+    shapes: dict[str, tuple[type, tuple[int, ...]]] = {
+        "low": (np.uint8, (count, f // 2, LANES, 16)),
+        "sign": (np.uint32, (count, f // 4, LANES)),
+        "stream": (np.uint32, (matrix.stream.size,)),
+        "tiles": (np.uint32, (count + 1, 2)),
+        "counts": (np.uint8, (count,)),
+        "patches": (np.uint32, (matrix.patches.size,)),
+    }
+    for name, (dtype, shape) in shapes.items():
+        array = getattr(matrix, name)
+        expect(array.dtype == dtype and array.shape == shape, f"{name}: {array.dtype}{list(array.shape)}, expected {list(shape)}")
+    tiles = matrix.tiles.astype(np.int64)
+    expect(not tiles[0].any() and bool((np.diff(tiles, axis=0) >= 0).all()), "tiles: not rising from 0")
+    expect(4 * tiles[-1, 0] == matrix.stream.size and tiles[-1, 1] == matrix.patches.size, "tiles: do not end where the data do")
+
+
+def _encoder_tables(code: TiledCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rank of each upper exponent; length and bits of each tuple's code, 0 where it has none."""
+    ranks = np.full(128, ESCAPE, np.int64)
+    ranks[code.uppers[RANKS - 1 :: -1]] = np.arange(RANKS - 1, -1, -1)  # the first of equal ones counts
+    lengths, values = np.zeros(TUPLES, np.int64), np.zeros(TUPLES, np.int64)
+    selected = code.table & 0xFFFF
+    tuples = sum((selected >> 4 * i & 7) << 9 - 3 * i for i in range(4))
+    lengths[tuples] = code.table >> 16
+    at = np.arange(len(code.table))
+    values[tuples] = at & ((1 << lengths[tuples]) - 1)
+    return ranks, lengths, values
+
+
+@njit(cache=True, nogil=True)
+def _tuple(flat, rows, columns, row, column, ranks):  # type: ignore[no-untyped-def]
+    """The tuple of four weights. Outside of the matrix all have rank 0."""
+    found = 0
+    for i in range(4):
+        rank = 0
+        if row < rows and column + i < columns:
+            rank = ranks[flat[row * columns + column + i] >> 8 & 0x7F]
+        found = found << 3 | rank
+    return found
+
+
+@njit(cache=True, nogil=True)
+def _measure(flat, rows, columns, fragments, across, ranks, lengths, first, last, words, patched, counts):  # type: ignore[no-untyped-def]
+    """Of each tile: units of 4 words of its stream, patches, and rows of the stream."""
+    for tile in range(first, last):
+        top, left = tile // across * 16, tile % across * fragments * 16
+        least, most, total, patches = 1 << 30, 0, 0, 0
+        for lane in range(32):
+            used = 0
+            for group in range(2 * fragments):
+                row, column = top + (lane >> 2) + 8 * (group & 1), left + (group >> 1) * 16 + 4 * (lane & 3)
+                found = _tuple(flat, rows, columns, row, column, ranks)
+                whole = lengths[found] == 0
+                used += lengths[4095] if whole else lengths[found]
+                for i in range(4):
+                    if (whole or found >> 9 - 3 * i & 7 == 7) and row < rows and column + i < columns:
+                        patches += 1
+            own = (used + 31) >> 5
+            least, most, total = min(least, own), max(most, own), total + own
+        counts[tile] = least | (most - least) << 4
+        words[tile] = (total + most - least + 3) >> 2
+        patched[tile] = patches
+
+
+@njit(cache=True, nogil=True)
+def _write(  # type: ignore[no-untyped-def]
+    flat, rows, columns, fragments, across, ranks, lengths, values, first, last, tiles, counts, low, sign, stream, patches
+):
+    lanes = np.empty((32, 16), np.uint64)
+    own = np.empty(32, np.int64)
+    for tile in range(first, last):
+        top, left = tile // across * 16, tile % across * fragments * 16
+        patch = tiles[tile, 1]
+        for lane in range(32):
+            lanes[lane] = 0
+            at = 0
+            for group in range(2 * fragments):
+                fragment, half = group >> 1, group & 1
+                row, column = top + (lane >> 2) + 8 * half, left + fragment * 16 + 4 * (lane & 3)
+                found = _tuple(flat, rows, columns, row, column, ranks)
+                whole = lengths[found] == 0
+                code = 4095 if whole else found
+                word, shift = at >> 5, at & 31
+                value = np.uint64(values[code]) << np.uint64(shift)
+                lanes[lane, word] |= value & np.uint64(0xFFFFFFFF)
+                if value >> np.uint64(32):
+                    lanes[lane, word + 1] |= value >> np.uint64(32)
+                at += lengths[code]
+                if half == 0 and fragment & 3 == 0:
+                    sign[tile, fragment >> 2, lane] = 0
+                for i in range(4):
+                    pattern = np.int64(0)
+                    inside = row < rows and column + i < columns
+                    if inside:
+                        pattern = np.int64(flat[row * columns + column + i])
+                    if inside and (whole or found >> 9 - 3 * i & 7 == 7):
+                        patches[patch] = (row - top) << 28 | (column + i - left) << 16 | pattern
+                        patch += 1
+                        pattern = np.int64(0)
+                    low[tile, fragment >> 1, lane, 8 * (fragment & 1) + 4 * half + i] = pattern & 0xFF
+                    bit = 8 * i + 7 - (2 * (fragment & 3) + half)
+                    sign[tile, fragment >> 2, lane] |= np.uint32((pattern >> 15) << bit)
+            own[lane] = (at + 31) >> 5
+        mine = patches[tiles[tile, 1] : patch]
+        mine.sort()
+        full, ragged = counts[tile] & 15, counts[tile] >> 4
+        to = 4 * tiles[tile, 0]
+        for word in range(full):
+            for lane in range(32):
+                stream[to + lane] = lanes[lane, word]
+            to += 32
+        masks = 4 * tiles[tile + 1, 0] - ragged
+        for k in range(ragged):
+            mask = np.uint32(0)
+            for lane in range(32):
+                if own[lane] > full + k:
+                    mask |= np.uint32(1) << np.uint32(lane)
+                    stream[to] = lanes[lane, full + k]
+                    to += 1
+            stream[masks + k] = mask
+
+
+@njit(cache=True, nogil=True)
+def _read(  # type: ignore[no-untyped-def]
+    table, uppers, low, sign, stream, tiles, counts, patches, rows, columns, fragments, across, first, last, out
+):
+    """Decode tiles first .. last - 1. Returns -1, or the tile whose stream or patches do not fit."""
+    lanes = np.empty((32, 32), np.uint64)
+    own = np.empty(32, np.int64)
+    for tile in range(first, last):
+        top, left = tile // across * 16, tile % across * fragments * 16
+        full, ragged = np.int64(counts[tile] & 15), np.int64(counts[tile] >> 4)
+        at, end = 4 * tiles[tile, 0], 4 * tiles[tile + 1, 0]
+        if at + 32 * full + ragged > end:
+            return tile
+        for word in range(full):
+            for lane in range(32):
+                lanes[lane, word] = stream[at + 32 * word + lane]
+        at += 32 * full
+        masks = end - ragged
+        own[:] = full
+        for k in range(ragged):
+            for lane in range(32):
+                if stream[masks + k] >> np.uint32(lane) & np.uint32(1):
+                    if at >= masks or own[lane] != full + k:
+                        return tile
+                    lanes[lane, full + k] = stream[at]
+                    own[lane] += 1
+                    at += 1
+        if masks - at > 3:
+            return tile
+        for lane in range(32):
+            bit = np.int64(0)
+            for group in range(2 * fragments):
+                fragment, half = group >> 1, group & 1
+                row, column = top + (lane >> 2) + 8 * half, left + fragment * 16 + 4 * (lane & 3)
+                word, shift = bit >> 5, np.uint64(bit & 31)
+                window = np.uint64(0)
+                if word < own[lane]:
+                    window = lanes[lane, word] >> shift
+                if word + 1 < own[lane]:
+                    window |= lanes[lane, word + 1] << (np.uint64(32) - shift)
+                entry = np.int64(table[window & np.uint64(0xFFF)])
+                bit += entry >> 16
+                for i in range(4):
+                    if row < rows and column + i < columns:
+                        pattern = np.int64(uppers[entry >> 4 * i & 7]) << 8
+                        pattern |= np.int64(low[tile, fragment >> 1, lane, 8 * (fragment & 1) + 4 * half + i])
+                        place = 8 * i + 7 - (2 * (fragment & 3) + half)
+                        pattern |= np.int64(sign[tile, fragment >> 2, lane] >> np.uint32(place) & np.uint32(1)) << 15
+                        out[row * columns + column + i] = pattern
+            if (bit + 31) >> 5 != own[lane]:
+                return tile
+        for k in range(tiles[tile, 1], tiles[tile + 1, 1]):
+            row, column = (
+                top + np.int64(patches[k] >> np.uint32(28)),
+                left + np.int64(patches[k] >> np.uint32(16) & np.uint32(0xFFF)),
+            )
+            if row >= rows or column >= columns or column >= left + 16 * fragments:
+                return tile
+            out[row * columns + column] = patches[k] & np.uint32(0xFFFF)
+    return -1

@@ -1,0 +1,174 @@
+"""The tiled layout on the CPU: every bit back, from any shape and any pattern, and nothing but FormatError from damaged arrays."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from df11 import bits
+from df11.formats import FormatError
+from df11.formats.tiled import ESCAPE, NONE, WINDOW, Tiled, TiledUnit, make_code, selector, tile_fragments
+
+FORMAT = Tiled(threads=2)
+
+
+def normal(*shape: int, std: float = 0.02, seed: int = 0) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std).bfloat16()
+
+
+def patterns(values: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
+    return bits.from_bits(values.astype(np.uint16), shape)
+
+
+def check(*tensors: torch.Tensor) -> TiledUnit:
+    unit = FORMAT.encode_tensors(tensors)
+    for back in (FORMAT.decode(unit), list(FORMAT.stream(unit))):
+        assert len(back) == len(tensors)
+        for a, b in zip(back, tensors, strict=True):
+            assert torch.equal(a.reshape(-1).view(torch.int16), b.reshape(-1).view(torch.int16))
+    assert [t.shape for t in FORMAT.decode(unit)] == [t.shape for t in tensors]
+    return unit
+
+
+SHAPES = [(16, 128), (16, 256), (17, 257), (1, 4096), (4096, 1), (48, 576), (33, 2304), (100, 300), (3, 20, 192), (2, 3, 4, 130)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (), (0,), (1,), (5000,), (0, 300), (300, 0)])
+def test_shapes(shape: tuple[int, ...]) -> None:
+    check(normal(*shape))
+
+
+def test_a_large_matrix_is_smaller() -> None:
+    unit = check(normal(512, 2048))
+    sizes = FORMAT.nbytes(unit)
+    arrays = sum(size for name, size in sizes.items() if name != "code")
+    assert 8 * arrays / unit.numel < 10.96 and sizes["code"] < 16400
+
+
+def test_several_matrices_share_a_code() -> None:
+    unit = check(normal(32, 256), normal(7), normal(64, 576, std=0.1), torch.zeros(0, 5).bfloat16(), normal(16, 1024))
+    assert [m.fragments for m in unit.matrices] == [16, 0, 12, 0, 16]
+    assert unit.matrices[1].raw is not None
+
+
+def test_all_patterns() -> None:
+    """Alone they are not smaller than as they are; among ordinary weights they are patches."""
+    everything = patterns(np.arange(1 << 16), (256, 256))
+    assert check(everything).matrices[0].raw is not None
+    unit = check(torch.cat([normal(2048, 256), everything]))
+    assert unit.matrices[0].raw is None and len(unit.matrices[0].patches) > 50_000
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, float("inf"), float("nan"), 1e-40])
+def test_one_symbol(value: float) -> None:
+    unit = check(torch.full((64, 512), value, dtype=torch.bfloat16))
+    assert unit.matrices[0].raw is None and not len(unit.matrices[0].patches)
+
+
+@pytest.mark.parametrize("symbols", [2, 7, 8, 9, 60, 128])
+def test_distributions(symbols: int) -> None:
+    generator = np.random.default_rng(symbols)
+    uppers = generator.choice(128, symbols, replace=False)
+    for concentration in (0.05, 0.5, 50):
+        p = generator.dirichlet(np.full(symbols, concentration))
+        values = generator.choice(uppers, 80 * 512, p=p) << 8 | generator.integers(0, 256, 80 * 512)
+        check(patterns(values | generator.integers(0, 2, values.size) << 15, (80, 512)))
+
+
+def test_neighbours_that_are_not_independent() -> None:
+    """The code is made as if they were; where that is far off, patches or the raw form take over."""
+    rare = np.full((64, 512), 0x3C80)
+    rare[:, 256:] = np.arange(64)[:, None] << 8
+    check(patterns(rare.reshape(-1), (64, 512)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 700), st.floats(1e-30, 1e30), st.integers(0, 1 << 30))
+def test_any_size_and_scale(rows: int, columns: int, std: float, seed: int) -> None:
+    check(normal(rows, columns, std=std, seed=seed))
+
+
+@pytest.mark.parametrize(
+    "columns, fragments", [(4096, 16), (2304, 16), (3584, 16), (3840, 16), (5376, 16), (576, 12), (100, 8), (1, 8)]
+)
+def test_the_tile_size_follows_from_the_columns(columns: int, fragments: int) -> None:
+    assert tile_fragments(columns) == fragments
+
+
+def test_codes_decode_what_they_encode() -> None:
+    for seed in range(5):
+        histogram = np.random.default_rng(seed).zipf(1.5, 256)
+        code = make_code(histogram)
+        lengths = code.table >> 16
+        assert lengths.min() >= 1 and lengths.max() <= WINDOW
+        assert sum(1 << WINDOW - int(n) for n in lengths[np.unique(code.table, return_index=True)[1]]) == (1 << WINDOW)
+        assert (code.table & 0xFFFF == selector(NONE)).any()
+        assert code.uppers[ESCAPE] == 0
+
+
+def test_threads_and_pieces_do_not_matter() -> None:
+    tensors = [normal(600, 576), normal(40, 1024)]
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    expected = FORMAT.encode_tensors(tensors)
+    unit = Tiled(threads=1).encode(lambda: flat.split(77_777), [tuple(t.shape) for t in tensors])
+    for a, b in zip(unit.matrices, expected.matrices, strict=True):
+        assert all(np.array_equal(array, b.arrays[name]) for name, array in a.arrays.items())
+    assert unit.checksum == expected.checksum
+    with pytest.raises(ValueError, match="the stream holds"):
+        FORMAT.encode(lambda: [flat[1:]], [tuple(t.shape) for t in tensors])
+    with pytest.raises(ValueError, match="threads=-1"):
+        Tiled(threads=-1)
+
+
+@pytest.fixture(scope="module")
+def sample() -> TiledUnit:
+    weights = normal(64, 576)
+    weights[3, 5] = float("nan")
+    return FORMAT.encode_tensors([weights])
+
+
+def refused(unit: TiledUnit) -> bool:
+    try:
+        FORMAT.decode(unit)
+    except FormatError:
+        return True
+    return False
+
+
+def test_damaged_arrays_are_refused(sample: TiledUnit) -> None:
+    """A changed bit ends in FormatError, from the checks or at last from the checksum, unless it is one of those between the end of
+    a lane's codes and its next word."""
+    generator = np.random.default_rng(0)
+    (matrix,) = sample.matrices
+    for name in ("low", "sign", "stream", "tiles", "counts", "patches"):
+        for _ in range(40):
+            array = getattr(matrix, name).copy()
+            view = array.reshape(-1).view(np.uint8)
+            view[generator.integers(view.size)] ^= 1 << generator.integers(8)
+            damaged = replace(sample, matrices=(replace(matrix, **{name: array}),))
+            if name == "stream" and not refused(damaged):
+                assert torch.equal(FORMAT.decode(damaged)[0].view(torch.int16), FORMAT.decode(sample)[0].view(torch.int16))
+            else:
+                assert refused(damaged)
+        short = getattr(matrix, name)[:-1]
+        with pytest.raises(FormatError):
+            FORMAT.decode(replace(sample, matrices=(replace(matrix, **{name: short}),)))
+    for name, at in (("table", slice(None)), ("uppers", slice(7))):
+        array = getattr(sample.code, name).copy()
+        array[at] = array[at][::-1]
+        with pytest.raises(FormatError):
+            FORMAT.decode(replace(sample, code=replace(sample.code, **{name: array})))
+
+
+def test_noise_is_refused_without_a_checksum(sample: TiledUnit) -> None:
+    """Arrays of the right sizes full of random bytes: no crash, no read or write out of bounds."""
+    generator = np.random.default_rng(1)
+    (matrix,) = sample.matrices
+    for _ in range(20):
+        noise = {n: generator.integers(0, 256, a.nbytes, np.uint8).view(a.dtype).reshape(a.shape) for n, a in matrix.arrays.items()}
+        for chosen in (noise, {"stream": noise["stream"], "counts": noise["counts"]}, {"patches": noise["patches"]}):
+            with pytest.raises(FormatError):
+                FORMAT.decode(replace(sample, checksum="", matrices=(replace(matrix, **chosen),)))
