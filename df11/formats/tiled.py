@@ -5,7 +5,7 @@ the upper exponents are coded, four weights by one code of at most 12 bits: each
 unit, or is an escape (7), which a list of patches restores. docs/format.md has the layout to the byte.
 
 A unit is a list of matrices with one code. A matrix [rows, columns] is cut into tiles of 16 rows and 16 F columns (F fragments of
-mma.m16n8k16, F = 8, 12 or 16: the one with the least padding). What does not get smaller, or is no matrix, is stored as it is.
+mma.m16n8k16, F = 8, 12 ... 36: the one with the least padding). What does not get smaller, or is no matrix, is stored as it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ESCAPE = 7
 TUPLES = 8**4
 NONE = TUPLES - 1  # the tuple of four escapes stands for all that have no code
 KEPT = (1, 7, 50, 150, 300, 500, 700, 900, 1200, 1600, 2400)  # how many tuples to give a code: the cheapest of these
-FRAGMENTS = (16, 12, 8)  # of a tile, by preference
+FRAGMENTS = (32, 28, 36, 24, 20, 16, 12, 8)  # of a tile, by preference
 LANES = 32
 ROWS = 16  # of a tile
 PATCH_BITS = 32
@@ -62,9 +62,8 @@ class TiledMatrix:
     fragments: int  # F; 0 where raw
     low: np.ndarray  # uint8[T, F / 2, 32, 16]
     sign: np.ndarray  # uint32[T, F / 4, 32]
-    stream: np.ndarray  # uint32[words]
-    tiles: np.ndarray  # uint32[T + 1, 2]: where the tile's stream starts, in units of 4 words, and its first patch
-    counts: np.ndarray  # uint8[T]: rows of the stream that all lanes have, further rows << 4
+    stream: np.ndarray  # uint32[R, 32]: rows of a word a lane
+    tiles: np.ndarray  # uint32[T + 1, 2]: each tile's first row of the stream, and its first patch
     patches: np.ndarray  # uint32[patches]: row << 28 | column of the tile << 16 | bf16 pattern
     raw: np.ndarray | None = None  # uint16[n]
 
@@ -82,7 +81,7 @@ class TiledMatrix:
         """What is stored, by name."""
         if self.raw is not None:
             return {"raw": self.raw}
-        return {name: getattr(self, name) for name in ("low", "sign", "stream", "tiles", "counts", "patches")}
+        return {name: getattr(self, name) for name in ("low", "sign", "stream", "tiles", "patches")}
 
 
 @dataclass(frozen=True)
@@ -230,33 +229,31 @@ class Tiled:
         fragments = tile_fragments(columns)
         across = -(-columns // (16 * fragments))
         count = -(-rows // ROWS) * across
-        fixed = count * fragments * (256 + 32) + 9 * count  # bytes of low, sign, tiles and counts
+        fixed = count * fragments * (256 + 32) + 8 * count  # bytes of low, sign and tiles
         if fixed >= 2 * flat.size:
             return raw_matrix(shape, flat)
         ranks, lengths, values = _encoder_tables(code)
-        words, patched, counts = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.uint8)
+        tiles = np.zeros((count + 1, 2), np.int64)
         size = (rows, columns, fragments, across)
 
         def measure(first: int) -> None:
             last = min(first + TILES_A_TASK, count)
-            _measure(flat, *size, ranks, lengths, first, last, words, patched, counts)
+            _measure(flat, *size, ranks, lengths, first, last, tiles)
 
         self._map(measure, range(0, count, TILES_A_TASK))
-        tiles = np.zeros((count + 1, 2), np.int64)
-        np.cumsum(words, out=tiles[1:, 0])
-        np.cumsum(patched, out=tiles[1:, 1])
-        if tiles.max() >= 1 << 32 or fixed + 16 * tiles[-1, 0] + 4 * tiles[-1, 1] >= 2 * flat.size:
+        np.cumsum(tiles, 0, out=tiles)
+        if tiles.max() >= 1 << 32 or fixed + 128 * tiles[-1, 0] + 4 * tiles[-1, 1] >= 2 * flat.size:
             return raw_matrix(shape, flat)
         low = np.empty((count, fragments // 2, LANES, 16), np.uint8)
         sign = np.empty((count, fragments // 4, LANES), np.uint32)
-        stream, patches = np.zeros(4 * int(tiles[-1, 0]), np.uint32), np.empty(int(tiles[-1, 1]), np.uint32)
+        stream, patches = np.zeros((int(tiles[-1, 0]), LANES), np.uint32), np.empty(int(tiles[-1, 1]), np.uint32)
 
         def write(first: int) -> None:
             last = min(first + TILES_A_TASK, count)
-            _write(flat, *size, ranks, lengths, values, first, last, tiles, counts, low, sign, stream, patches)
+            _write(flat, *size, ranks, lengths, values, first, last, tiles, low, sign, stream, patches)
 
         self._map(write, range(0, count, TILES_A_TASK))
-        return TiledMatrix(shape, fragments, low, sign, stream, tiles.astype(np.uint32), counts, patches)
+        return TiledMatrix(shape, fragments, low, sign, stream, tiles.astype(np.uint32), patches)
 
     def _decode(self, code: TiledCode, matrix: TiledMatrix) -> np.ndarray:
         if matrix.raw is not None:
@@ -267,11 +264,11 @@ class Tiled:
         tiles = matrix.tiles.astype(np.int64)
 
         def read(first: int) -> int:
-            last = min(first + TILES_A_TASK, len(matrix.counts))
-            arrays = (matrix.low, matrix.sign, matrix.stream, tiles, matrix.counts, matrix.patches)
+            last = min(first + TILES_A_TASK, len(matrix.low))
+            arrays = (matrix.low, matrix.sign, matrix.stream, tiles, matrix.patches)
             return int(_read(code.table, code.uppers, *arrays, rows, columns, matrix.fragments, across, first, last, out))
 
-        for bad in self._map(read, range(0, len(matrix.counts), TILES_A_TASK)):
+        for bad in self._map(read, range(0, len(matrix.low), TILES_A_TASK)):
             expect(bad < 0, f"tile {bad} of a matrix {list(matrix.shape)} does not decode as its header says")
         return out
 
@@ -284,7 +281,7 @@ class Tiled:
 
 def raw_matrix(shape: tuple[int, ...], flat: np.ndarray) -> TiledMatrix:
     none = np.empty(0, np.uint32)
-    return TiledMatrix(shape, 0, none.astype(np.uint8), none, none, none, none.astype(np.uint8), none, flat.copy())
+    return TiledMatrix(shape, 0, none.astype(np.uint8), none, none, none, none, flat.copy())
 
 
 def _tensors(chunks: Chunks, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
@@ -319,9 +316,8 @@ def _check(matrix: TiledMatrix) -> None:
     shapes: dict[str, tuple[type, tuple[int, ...]]] = {
         "low": (np.uint8, (count, f // 2, LANES, 16)),
         "sign": (np.uint32, (count, f // 4, LANES)),
-        "stream": (np.uint32, (matrix.stream.size,)),
+        "stream": (np.uint32, (matrix.stream.size // LANES, LANES)),
         "tiles": (np.uint32, (count + 1, 2)),
-        "counts": (np.uint8, (count,)),
         "patches": (np.uint32, (matrix.patches.size,)),
     }
     for name, (dtype, shape) in shapes.items():
@@ -329,7 +325,7 @@ def _check(matrix: TiledMatrix) -> None:
         expect(array.dtype == dtype and array.shape == shape, f"{name}: {array.dtype}{list(array.shape)}, expected {list(shape)}")
     tiles = matrix.tiles.astype(np.int64)
     expect(not tiles[0].any() and bool((np.diff(tiles, axis=0) >= 0).all()), "tiles: not rising from 0")
-    expect(4 * tiles[-1, 0] == matrix.stream.size and tiles[-1, 1] == matrix.patches.size, "tiles: do not end where the data do")
+    expect(tiles[-1, 0] == len(matrix.stream) and tiles[-1, 1] == matrix.patches.size, "tiles: do not end where the data do")
 
 
 def _encoder_tables(code: TiledCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -358,11 +354,11 @@ def _tuple(flat, rows, columns, row, column, ranks):  # type: ignore[no-untyped-
 
 
 @njit(cache=True, nogil=True)
-def _measure(flat, rows, columns, fragments, across, ranks, lengths, first, last, words, patched, counts):  # type: ignore[no-untyped-def]
-    """Of each tile: units of 4 words of its stream, patches, and rows of the stream."""
+def _measure(flat, rows, columns, fragments, across, ranks, lengths, first, last, tiles):  # type: ignore[no-untyped-def]
+    """Into tiles[t + 1]: rows of tile t's stream, and its patches."""
     for tile in range(first, last):
         top, left = tile // across * 16, tile % across * fragments * 16
-        least, most, total, patches = 1 << 30, 0, 0, 0
+        most, patches = 0, 0
         for lane in range(32):
             used = 0
             for group in range(2 * fragments):
@@ -373,25 +369,19 @@ def _measure(flat, rows, columns, fragments, across, ranks, lengths, first, last
                 for i in range(4):
                     if (whole or found >> 9 - 3 * i & 7 == 7) and row < rows and column + i < columns:
                         patches += 1
-            own = (used + 31) >> 5
-            least, most, total = min(least, own), max(most, own), total + own
-        counts[tile] = least | (most - least) << 4
-        words[tile] = (total + most - least + 3) >> 2
-        patched[tile] = patches
+            most = max(most, (used + 31) >> 5)
+        tiles[tile + 1, 0], tiles[tile + 1, 1] = most, patches
 
 
 @njit(cache=True, nogil=True)
 def _write(  # type: ignore[no-untyped-def]
-    flat, rows, columns, fragments, across, ranks, lengths, values, first, last, tiles, counts, low, sign, stream, patches
+    flat, rows, columns, fragments, across, ranks, lengths, values, first, last, tiles, low, sign, stream, patches
 ):
-    lanes = np.empty((32, 16), np.uint64)
-    own = np.empty(32, np.int64)
     for tile in range(first, last):
         top, left = tile // across * 16, tile % across * fragments * 16
         patch = tiles[tile, 1]
         for lane in range(32):
-            lanes[lane] = 0
-            at = 0
+            at = 32 * tiles[tile, 0]  # bit of the lane's column of the stream
             for group in range(2 * fragments):
                 fragment, half = group >> 1, group & 1
                 row, column = top + (lane >> 2) + 8 * half, left + fragment * 16 + 4 * (lane & 3)
@@ -400,9 +390,9 @@ def _write(  # type: ignore[no-untyped-def]
                 code = 4095 if whole else found
                 word, shift = at >> 5, at & 31
                 value = np.uint64(values[code]) << np.uint64(shift)
-                lanes[lane, word] |= value & np.uint64(0xFFFFFFFF)
+                stream[word, lane] |= np.uint32(value & np.uint64(0xFFFFFFFF))
                 if value >> np.uint64(32):
-                    lanes[lane, word + 1] |= value >> np.uint64(32)
+                    stream[word + 1, lane] |= np.uint32(value >> np.uint64(32))
                 at += lengths[code]
                 if half == 0 and fragment & 3 == 0:
                     sign[tile, fragment >> 2, lane] = 0
@@ -418,66 +408,29 @@ def _write(  # type: ignore[no-untyped-def]
                     low[tile, fragment >> 1, lane, 8 * (fragment & 1) + 4 * half + i] = pattern & 0xFF
                     bit = 8 * i + 7 - (2 * (fragment & 3) + half)
                     sign[tile, fragment >> 2, lane] |= np.uint32((pattern >> 15) << bit)
-            own[lane] = (at + 31) >> 5
         mine = patches[tiles[tile, 1] : patch]
         mine.sort()
-        full, ragged = counts[tile] & 15, counts[tile] >> 4
-        to = 4 * tiles[tile, 0]
-        for word in range(full):
-            for lane in range(32):
-                stream[to + lane] = lanes[lane, word]
-            to += 32
-        masks = 4 * tiles[tile + 1, 0] - ragged
-        for k in range(ragged):
-            mask = np.uint32(0)
-            for lane in range(32):
-                if own[lane] > full + k:
-                    mask |= np.uint32(1) << np.uint32(lane)
-                    stream[to] = lanes[lane, full + k]
-                    to += 1
-            stream[masks + k] = mask
 
 
 @njit(cache=True, nogil=True)
 def _read(  # type: ignore[no-untyped-def]
-    table, uppers, low, sign, stream, tiles, counts, patches, rows, columns, fragments, across, first, last, out
+    table, uppers, low, sign, stream, tiles, patches, rows, columns, fragments, across, first, last, out
 ):
     """Decode tiles first .. last - 1. Returns -1, or the tile whose stream or patches do not fit."""
-    lanes = np.empty((32, 32), np.uint64)
-    own = np.empty(32, np.int64)
     for tile in range(first, last):
         top, left = tile // across * 16, tile % across * fragments * 16
-        full, ragged = np.int64(counts[tile] & 15), np.int64(counts[tile] >> 4)
-        at, end = 4 * tiles[tile, 0], 4 * tiles[tile + 1, 0]
-        if at + 32 * full + ragged > end:
-            return tile
-        for word in range(full):
-            for lane in range(32):
-                lanes[lane, word] = stream[at + 32 * word + lane]
-        at += 32 * full
-        masks = end - ragged
-        own[:] = full
-        for k in range(ragged):
-            for lane in range(32):
-                if stream[masks + k] >> np.uint32(lane) & np.uint32(1):
-                    if at >= masks or own[lane] != full + k:
-                        return tile
-                    lanes[lane, full + k] = stream[at]
-                    own[lane] += 1
-                    at += 1
-        if masks - at > 3:
-            return tile
+        most = tiles[tile, 0]
         for lane in range(32):
-            bit = np.int64(0)
+            bit = 32 * tiles[tile, 0]
             for group in range(2 * fragments):
                 fragment, half = group >> 1, group & 1
                 row, column = top + (lane >> 2) + 8 * half, left + fragment * 16 + 4 * (lane & 3)
                 word, shift = bit >> 5, np.uint64(bit & 31)
                 window = np.uint64(0)
-                if word < own[lane]:
-                    window = lanes[lane, word] >> shift
-                if word + 1 < own[lane]:
-                    window |= lanes[lane, word + 1] << (np.uint64(32) - shift)
+                if word < tiles[tile + 1, 0]:
+                    window = np.uint64(stream[word, lane]) >> shift
+                if word + 1 < tiles[tile + 1, 0]:
+                    window |= np.uint64(stream[word + 1, lane]) << (np.uint64(32) - shift)
                 entry = np.int64(table[window & np.uint64(0xFFF)])
                 bit += entry >> 16
                 for i in range(4):
@@ -487,8 +440,9 @@ def _read(  # type: ignore[no-untyped-def]
                         place = 8 * i + 7 - (2 * (fragment & 3) + half)
                         pattern |= np.int64(sign[tile, fragment >> 2, lane] >> np.uint32(place) & np.uint32(1)) << 15
                         out[row * columns + column + i] = pattern
-            if (bit + 31) >> 5 != own[lane]:
-                return tile
+            most = max(most, (bit + 31) >> 5)
+        if most != tiles[tile + 1, 0]:
+            return tile
         for k in range(tiles[tile, 1], tiles[tile + 1, 1]):
             row, column = (
                 top + np.int64(patches[k] >> np.uint32(28)),

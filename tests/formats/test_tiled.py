@@ -45,12 +45,12 @@ def test_a_large_matrix_is_smaller() -> None:
     unit = check(normal(512, 2048))
     sizes = FORMAT.nbytes(unit)
     arrays = sum(size for name, size in sizes.items() if name != "code")
-    assert 8 * arrays / unit.numel < 10.96 and sizes["code"] < 16400
+    assert 8 * arrays / unit.numel < 11.03 and sizes["code"] < 16400
 
 
 def test_several_matrices_share_a_code() -> None:
     unit = check(normal(32, 256), normal(7), normal(64, 576, std=0.1), torch.zeros(0, 5).bfloat16(), normal(16, 1024))
-    assert [m.fragments for m in unit.matrices] == [16, 0, 12, 0, 16]
+    assert [m.fragments for m in unit.matrices] == [16, 0, 36, 0, 32]
     assert unit.matrices[1].raw is not None
 
 
@@ -92,7 +92,7 @@ def test_any_size_and_scale(rows: int, columns: int, std: float, seed: int) -> N
 
 
 @pytest.mark.parametrize(
-    "columns, fragments", [(4096, 16), (2304, 16), (3584, 16), (3840, 16), (5376, 16), (576, 12), (100, 8), (1, 8)]
+    "columns, fragments", [(4096, 32), (14336, 32), (2304, 36), (3584, 32), (3840, 24), (5376, 28), (576, 36), (100, 8), (1, 8), (1600, 20)]
 )
 def test_the_tile_size_follows_from_the_columns(columns: int, fragments: int) -> None:
     assert tile_fragments(columns) == fragments
@@ -143,7 +143,7 @@ def test_damaged_arrays_are_refused(sample: TiledUnit) -> None:
     a lane's codes and its next word."""
     generator = np.random.default_rng(0)
     (matrix,) = sample.matrices
-    for name in ("low", "sign", "stream", "tiles", "counts", "patches"):
+    for name in ("low", "sign", "stream", "tiles", "patches"):
         for _ in range(40):
             array = getattr(matrix, name).copy()
             view = array.reshape(-1).view(np.uint8)
@@ -169,6 +169,6 @@ def test_noise_is_refused_without_a_checksum(sample: TiledUnit) -> None:
     (matrix,) = sample.matrices
     for _ in range(20):
         noise = {n: generator.integers(0, 256, a.nbytes, np.uint8).view(a.dtype).reshape(a.shape) for n, a in matrix.arrays.items()}
-        for chosen in (noise, {"stream": noise["stream"], "counts": noise["counts"]}, {"patches": noise["patches"]}):
+        for chosen in (noise, {"stream": noise["stream"], "tiles": noise["tiles"]}, {"patches": noise["patches"]}):
             with pytest.raises(FormatError):
                 FORMAT.decode(replace(sample, checksum="", matrices=(replace(matrix, **chosen),)))
