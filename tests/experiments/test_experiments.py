@@ -61,6 +61,11 @@ def test_compression_ratio_of_bf16_is_100_percent(rows: Callable[..., pd.DataFra
     assert values(rows("experiment=compression_ratio", "codec=bf16"), scope="model")["ratio_percent"] == 100
 
 
+def test_compression_ratio_of_the_tiled_layout(rows: Callable[..., pd.DataFrame]) -> None:
+    model = values(rows("experiment=compression_ratio", "codec=tiled"), scope="model")
+    assert model["weight_mismatches"] == 0 and 11 < model["bits_per_weight"] < 13  # small matrices: the table weighs
+
+
 def test_a_sample_of_blocks_stands_for_all(rows: Callable[..., pd.DataFrame]) -> None:
     geometry = ["model=llama3_1_8b_synthetic", "model.geometry.hidden_size=64", "model.geometry.intermediate_size=128"]
     geometry += ["model.geometry.num_attention_heads=2", "model.geometry.num_key_value_heads=1", "model.geometry.head_dim=32"]
