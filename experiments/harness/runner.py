@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import importlib
@@ -67,12 +68,28 @@ def find(name: str | None, experiments: Mapping[str, str]) -> ModuleType:
 def run_id(config: Any, module: ModuleType, gpu: str) -> str:
     """Hash of all that decides a result: config, code, GPU, input files, packages compared with. A changed kernel is a new run."""
     semantic = {name: value for name, value in asdict(config).items() if name in SEMANTIC}
-    own = Path(str(module.__file__)).resolve()
-    code = provenance.hash_files([*provenance.files("df11"), *provenance.files("kernels"), own])
+    own = imported(Path(str(module.__file__)).resolve())
+    code = provenance.hash_files([*provenance.files("df11"), *provenance.files("kernels"), *own])
     inputs = module.inputs(config) if hasattr(module, "inputs") else None
     peers = [provenance.version(name) for name in PEERS]
     text = json.dumps([SCHEMA, semantic, code, gpu, inputs, peers], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def imported(path: Path) -> set[Path]:
+    """A module's file and those beside it that it imports, directly or not: what experiments share decides results too."""
+    found, waiting = {path}, [path]
+    while waiting:
+        for node in ast.walk(ast.parse(waiting.pop().read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            beside = {path.with_name(f"{name.rpartition('.')[2]}.py") for name in names if name.split(".")[0] == path.parent.name}
+            new = {file for file in beside if file.exists()} - found
+            found |= new
+            waiting += new
+    return found
 
 
 def run(config: Any, schema: type, experiments: Mapping[str, str], group: str = "") -> Outcome:

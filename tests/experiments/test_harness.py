@@ -108,6 +108,14 @@ def test_the_run_id_follows_what_decides_a_result(toy: Callable[..., Outcome], m
     assert runner.run_id(cfg, module, "-") != here
 
 
+def test_the_run_id_follows_shared_modules_too() -> None:
+    """Of an experiment, not of another one and not of the harness."""
+    experiments = Path(runner.__file__).parents[1]
+    names = {path.stem for path in runner.imported(experiments / "generation_length.py")}
+    assert {"generation_length", "budget", "decoding", "footprint", "config"} <= names
+    assert not names & {"offload", "same_gpu", "runner", "store"}
+
+
 def test_the_hash_of_the_source_follows_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     (tmp_path / "df11").mkdir()
