@@ -165,17 +165,17 @@ def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", p
         handle.remove()
     model.requires_grad_(False)
     workspace, decode = Workspace(), _decoder(kernel)
-    owners = [_Owner(module, slots, workspace, decode) for module, slots in _owners(model, granularity)]
-    _assign(model, {id(owner.module): owner for owner in owners}, 0)
-    ahead = _Ahead(owners) if prefetch else None
-    for index, owner in enumerate(owners):
+    owned = [_Owner(module, slots, workspace, decode) for module, slots in owners(model, granularity)]
+    _assign(model, {id(owner.module): owner for owner in owned}, 0)
+    ahead = _Ahead(owned) if prefetch else None
+    for index, owner in enumerate(owned):
         if prefetch:
             if owner.start:
                 raise ValueError(f"{type(owner.module).__name__} runs inside of another module with weights: prefetch=False")
             owner.buffer = index % 2
         workspace.reserve(owner.buffer, owner.start + owner.nbytes)
     handles: list[Any] = []
-    for index, owner in enumerate(owners):
+    for index, owner in enumerate(owned):
         enter, leave = _hooks(owner, index, ahead)
         handles.append(owner.module.register_forward_pre_hook(enter, prepend=True))
         handles.append(owner.module.register_forward_hook(leave, always_call=True))
@@ -202,7 +202,7 @@ def _slots(module: nn.Module) -> Slots:
     return [(module, name, parameter) for name, parameter in compressed_parameters(module).items()]
 
 
-def _owners(module: nn.Module, granularity: str) -> Iterator[tuple[nn.Module, Slots]]:
+def owners(module: nn.Module, granularity: str) -> Iterator[tuple[nn.Module, Slots]]:
     """Modules before which something is decompressed, with what."""
     if own := _slots(module):
         yield module, own
@@ -211,7 +211,7 @@ def _owners(module: nn.Module, granularity: str) -> Iterator[tuple[nn.Module, Sl
             if slots := inside(child):
                 yield child, slots
         else:
-            yield from _owners(child, granularity)
+            yield from owners(child, granularity)
 
 
 def _assign(module: nn.Module, owners: dict[int, _Owner], start: int) -> None:

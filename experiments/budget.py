@@ -111,7 +111,4 @@ class Sizes:
         units, _ = split_units(tensors)
         sizes = {unit.kind: sum(t.nbytes for t in unit.tensors) for unit in units}
         blocks = sum(unit.kind == "block" for unit in units)
-        heads = spec.geometry["num_key_value_heads"]
-        size = spec.geometry.get("head_dim") or spec.geometry["hidden_size"] // spec.geometry["num_attention_heads"]
-        kv = 2 * blocks * heads * size * 2
-        return Sizes(sum(t.nbytes for t in tensors), sizes["block"], blocks, kv)
+        return Sizes(sum(t.nbytes for t in tensors), sizes["block"], blocks, hf.cache_bytes(spec.geometry, 1))

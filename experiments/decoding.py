@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from df11 import ops, released
-from df11.modules import aligned, compressed_parameters
+from df11 import ops, released, runtime
+from df11.modules import aligned
 
 LAUNCHES = ("eager", "graph")
 GRANULARITIES: dict[str, dict[str, Any]] = {  # of decompression, as in the column `granularity`: arguments of runtime.attach
@@ -130,14 +130,9 @@ def decompression(
 def compressed_groups(model: torch.nn.Module) -> list[list[ops.CompressedUnit]]:
     """A model's compressed units as granularity `block` decompresses them, each once even where weights are tied."""
     seen: set[int] = set()
-    groups: dict[str, list[ops.CompressedUnit]] = {}
-    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
-    for name, module in model.named_modules():
-        prefix = next((p for p in blocks if name.startswith(p)), None)
-        group = prefix + name.removeprefix(prefix).split(".")[0] if prefix else name
-        for parameter in compressed_parameters(module).values():
-            unit = parameter.unit()
-            if id(unit) not in seen:
-                seen.add(id(unit))
-                groups.setdefault(group, []).append(unit)
-    return list(groups.values())
+    groups = []
+    for _, slots in runtime.owners(model, "block"):
+        units = {id(unit): unit for unit in (parameter.unit() for _, _, parameter in slots) if id(unit) not in seen}
+        seen |= units.keys()
+        groups += [list(units.values())] if units else []
+    return groups

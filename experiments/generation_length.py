@@ -25,6 +25,7 @@ from experiments import budget
 from experiments.budget import MIB, Sizes
 from experiments.config import Config
 from experiments.decoding import Decoder
+from experiments.footprint import last_true
 from experiments.harness.api import Need, Point
 
 AXES = ("memory_mib", "granularity", "cache", "tokens")
@@ -175,15 +176,8 @@ def filled(cfg: Config, device: torch.device, tokens: int) -> transformers.Cache
 
 
 def last_that_fits(fits: Callable[[int], bool], low: int, high: int, step: int) -> int:
-    """The largest low + k step below high that fits, by bisection; low is known to fit (or is 0), high is known not to."""
-    first, last = 0, (high - low - 1) // step
-    while first < last:
-        middle = (first + last + 1) // 2
-        if fits(low + middle * step):
-            first = middle
-        else:
-            last = middle - 1
-    return low + first * step
+    """The largest low + k step below high that fits; low is known to fit (or is 0), high is known not to."""
+    return low + step * last_true(lambda k: fits(low + k * step), 0, (high - low - 1) // step + 1, 1)
 
 
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from df11.sources import SafetensorsSource, open_source
 from experiments import needs
 from experiments.config import Config
 from experiments.decoding import GRANULARITIES, Decoder
+from experiments.harness import timing
 from experiments.harness.api import Need, Point
 
 AXES = ("phase", "granularity", "batch_size", "task")
@@ -165,16 +166,10 @@ def outputs(model: torch.nn.Module, cfg: Config) -> Results:
 
 def graphed(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The result of a forward replayed from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        forward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out = forward()
+    replay = timing.graph(forward)
+    out = replay()
     out.zero_()
-    graph.replay()
+    replay()
     torch.cuda.synchronize()
     return out.cpu()
 

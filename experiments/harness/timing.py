@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 FLUSH_BYTES = 512 << 20  # more than eight times the L2 cache of an H200: 0.2 ms, in which the host enqueues what is timed
 
@@ -43,8 +46,11 @@ def cuda_events(works: Mapping[str, Callable[[], object]], warmup: int, repeats:
     return {name: [start.elapsed_time(stop) * 1e-3 for start, stop in pairs] for name, pairs in events.items()}
 
 
-def graph(work: Callable[[], object]) -> Callable[[], None]:
-    """The replay of a CUDA graph of what `work` enqueues. It is called once before, so that what it loads lazily is there."""
+def graph(work: Callable[[], T]) -> Callable[[], T]:
+    """The replay of a CUDA graph of what `work` enqueues; it returns what `work` did, written anew.
+
+    `work` is called once before, so that what it loads lazily is there.
+    """
     import torch
 
     stream = torch.cuda.Stream()
@@ -56,7 +62,8 @@ def graph(work: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(captured, stream=stream):
         kept = work()
 
-    def replay(kept: object = kept) -> None:  # the result is written into: it must outlive the capture
+    def replay() -> T:
         captured.replay()
+        return kept
 
     return replay
