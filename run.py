@@ -22,7 +22,7 @@ from experiments.harness.outcomes import Outcome, record, recorded, report
 
 NAMES = (
     *("compression_ratio", "exponent_entropy", "compression_time", "decompression", "losslessness", "load_time"),
-    *("offload", "generation_length", "latency_breakdown", "same_gpu", "capacity", "capacity_check"),
+    *("linear", "offload", "generation_length", "latency_breakdown", "same_gpu", "capacity", "capacity_check"),
 )
 EXPERIMENTS = {name: f"experiments.{name}" for name in NAMES}
 

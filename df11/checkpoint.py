@@ -35,6 +35,7 @@ MANIFEST = "df11.json"
 BEGUN = ".df11-begun.json"  # options of an unfinished run
 VERSION = 1
 QUANT_METHOD = "df11"
+MODES = ("exact", "fused")  # how a model runs: df11/runtime.py, df11/fused.py
 REMOTE = "df11_remote"  # module of the remote code
 REMOTE_CODE = '''"""Lets from_pretrained(..., trust_remote_code=True) load these compressed weights without an import of df11."""
 
@@ -77,14 +78,17 @@ def compress(
     loadable: Callable[[Path], set[str]] | None = None,
     progress: Progress = lambda name, size: None,
     remote_code: bool = False,
+    mode: str = "exact",
 ) -> dict[str, Any]:
     """Compress the safetensors directory `source` to the new directory `target`. Returns the manifest.
 
     Works file by file, tensor by tensor, in a folder beside the target that is renamed at the end: an interrupted call goes on
     with the first unfinished file, and the result is the same bytes. `loadable` gives the names that the model has as
     parameters; other tensors stay as they are (transformers merges some when it loads). `remote_code` adds what lets
-    `AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)` import df11 itself.
+    `AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)` import df11 itself. `mode`: how transformers runs it.
     """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
     if (source / MANIFEST).exists():
@@ -93,6 +97,7 @@ def compress(
     names = loadable(source) if loadable else None
     added = _remote_code(source) if remote_code else {}
     options = {"include": list(include), "exclude": list(exclude), "added": added, "source": _fingerprint(source, files)}
+    options["mode"] = mode
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     begun = partial / BEGUN
@@ -103,7 +108,7 @@ def compress(
     for name, file in files.items():
         if not (partial / name).exists():
             _compress_file(file, partial / name, codec, lambda n, b, s: _wanted(n, b, s, names, include, exclude), progress)
-    manifest = _finish(source, partial, files, added)
+    manifest = _finish(source, partial, files, added, mode)
     begun.unlink()
     partial.rename(target)
     return manifest
@@ -215,7 +220,7 @@ def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str, str]) -> dict[str, Any]:
+def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str, str], mode: str) -> dict[str, Any]:
     """Index, config, the other files, those added, and the manifest."""
     weight_map: dict[str, str] = {}
     tensors: dict[str, Any] = {}
@@ -235,7 +240,8 @@ def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str
         _write(partial / INDEX, (json.dumps(index, indent=1) + "\n").encode())
     if (source / "config.json").exists():
         originals["config.json"] = (source / "config.json").read_text()
-        config = json.loads(originals["config.json"]) | {"quantization_config": {"quant_method": QUANT_METHOD, "version": VERSION}}
+        how = {"quant_method": QUANT_METHOD, "version": VERSION} | ({} if mode == "exact" else {"mode": mode})
+        config = json.loads(originals["config.json"]) | {"quantization_config": how}
         if added:
             config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE}.{config['architectures'][0]}"}
         _write(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())

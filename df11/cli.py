@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also loads without `import df11`, by from_pretrained(..., trust_remote_code=True)",
     )
+    compress.add_argument(
+        "--mode",
+        choices=checkpoint.MODES,
+        default="exact",
+        help="how transformers runs it: exact, logits bit-identical; fused, faster on a GPU, weights bit-identical",
+    )
     compress.add_argument("--released", action="store_true", help="write the layout of the released package dfloat11 instead")
     compress.set_defaults(run=_compress)
     info = commands.add_parser("info", help="sizes, and what is compressed and what is not")
@@ -100,9 +106,10 @@ def _size(directory: Path) -> int:
 
 def _compress(options: argparse.Namespace) -> None:
     if options.released:
-        if options.include or options.exclude or options.remote_code:
+        if options.include or options.exclude or options.remote_code or options.mode != "exact":
             raise checkpoint.CheckpointError(
-                "--include, --exclude and --remote-code do not go with --released: that layout has whole blocks and no quantizer"
+                "--include, --exclude, --remote-code and --mode do not go with --released:"
+                " that layout has whole blocks and no quantizer"
             )
         with _progress("compressing", _size(options.source)) as progress:
             released_checkpoint.write(options.source, options.target, options.threads, progress)
@@ -116,7 +123,9 @@ def _compress(options: argparse.Namespace) -> None:
         loadable = hf.parameter_names
     patterns = (tuple(options.include), tuple(options.exclude))
     with _progress("compressing", _size(options.source)) as progress:
-        checkpoint.compress(options.source, options.target, *patterns, options.threads, loadable, progress, options.remote_code)
+        checkpoint.compress(
+            options.source, options.target, *patterns, options.threads, loadable, progress, options.remote_code, options.mode
+        )
     _info(argparse.Namespace(directory=options.target, all=False, entropy=False))
 
 

@@ -13,7 +13,8 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,6 +144,15 @@ class Device:
             finally:
                 self.context.pop()
         return self._kernels[name]
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Torch's context of this device as the thread's current one."""
+        self.context.push()
+        try:
+            yield
+        finally:
+            self.context.pop()
 
     def foreign_kernel(self, path: Path, name: str, arguments: str, threads: int, shared: int) -> Kernel:
         """A function of somebody else's cubin or PTX."""

@@ -17,7 +17,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from df11 import released_checkpoint
-from df11.checkpoint import QUANT_METHOD, REMOTE, VERSION, CheckpointError
+from df11.checkpoint import MODES, QUANT_METHOD, REMOTE, VERSION, CheckpointError
+from df11.fused import fuse_, is_fused
 from df11.modules import PARTS, compress_, compress_own_, compressed_parameters, prepare, share, tie
 from df11.runtime import attach
 from df11.sources.files import SafetensorsSource
@@ -93,7 +94,9 @@ class DF11Config(QuantizationConfigMixin):
 
     With a checkpoint of the released package (`dfloat11_config` in config.json) it must be given: their config.json asks for none.
 
-    include, exclude: shell patterns of parameter names. granularity: what is decompressed at a time, `layer` or `block`.
+    include, exclude: shell patterns of parameter names. mode: `exact`, logits bit-identical to the original's; `fused`, linear
+    layers are transcoded to the tiled layout, for products that do not decompress (df11/fused.py). granularity: what is
+    decompressed at a time in exact mode, `layer` or `block`.
     """
 
     def __init__(
@@ -101,14 +104,17 @@ class DF11Config(QuantizationConfigMixin):
         include: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
         granularity: str = "layer",
+        mode: str = "exact",
         version: int = VERSION,
         **kwargs: Any,
     ) -> None:
         if version != VERSION:
             raise ValueError(f"the checkpoint has version {version} of the df11 layout, this df11 reads {VERSION}: update df11")
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.include, self.exclude = tuple(include), tuple(exclude)
-        self.granularity, self.version = granularity, version
+        self.granularity, self.mode, self.version = granularity, mode, version
 
 
 @register_quantizer(QUANT_METHOD)
@@ -178,10 +184,12 @@ class DF11Quantizer(HfQuantizer):
         code = str((getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
         if code.rpartition("--")[2].startswith(f"{REMOTE}."):
             del model.config.auto_map
+        if self.quantization_config.mode == "fused":
+            fuse_(model)
         attach(model, self.quantization_config.granularity)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
+        return self.quantization_config.mode == "exact"  # the tiled layout is not stored: save the model of mode=exact
 
     @property
     def is_trainable(self) -> bool:
@@ -268,12 +276,18 @@ def build(
     return model
 
 
-def load(directory: Path, device: str) -> transformers.PreTrainedModel:
-    """A model from a bf16 or a compressed checkpoint, also of the released package's."""
+def load(directory: Path, device: str, mode: str = "exact") -> transformers.PreTrainedModel:
+    """A model from a bf16 or a compressed checkpoint, also of the released package's. mode: `fused` where config.json says so or
+    this does."""
     options = {"quantization_config": DF11Config()} if released_checkpoint.is_released(directory) else {}
     model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.bfloat16, device_map=device, **options
     )
+    if mode == "fused" and not is_fused(model):
+        fuse_(model)
+        attach(model)
+        if quantizer := getattr(model, "hf_quantizer", None):
+            quantizer.quantization_config.mode = mode
     return model
 
 

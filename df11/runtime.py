@@ -227,7 +227,7 @@ def _hooks(owner: _Owner, index: int, ahead: _Ahead | None) -> tuple[Any, Any]:
     def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if module.training:
             raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
-        for value in arguments:
+        for value in arguments[:1]:  # the activations; experts get float32 routing weights too
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 if value.dtype != torch.bfloat16 and not torch.is_autocast_enabled(value.device.type):
                     raise CompressedModelError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from df11 import hf, modules
+from df11 import fused, hf, modules, runtime
 from df11.sources import ModelSpec, split_units
 from experiments.config import Config
 
@@ -71,15 +71,18 @@ def release() -> None:
 
 
 def build(cfg: Config, codec: str) -> transformers.PreTrainedModel:
-    """The model's geometry with weights made by seed on the device, in bf16, or compressed module by module.
+    """The model's geometry with weights made by seed on the device, in bf16, or compressed module by module; `tiled` is fused.
 
     Torch's allocator takes expandable segments from then on: fragments would eat the budget.
     """
     if cfg.device.name == "cuda":
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # what PYTORCH_ALLOC_CONF sets at start
         release()  # what came before
-    finish = {"bf16": lambda module: None, "dfloat11": modules.compress_own_}[codec]
+    finish = {"bf16": lambda module: None, "dfloat11": modules.compress_own_, "tiled": modules.compress_own_}[codec]
     model = hf.build(cfg.model.geometry, cfg.seed, cfg.device.name, finish)
+    if codec == "tiled":
+        fused.fuse_(model)
+        runtime.attach(model)  # for what fuse_ leaves as it is
     model.requires_grad_(False)
     return model
 

@@ -43,6 +43,7 @@ class BenchConfig:
     prompt_tokens: int = 32  # of a sequence
     kernels: list[str] = field(default_factory=lambda: ["fast"])  # that decompress: fast, paper, released
     launches: list[str] = field(default_factory=lambda: ["eager"])  # eager, graph
+    modes: list[str] = field(default_factory=lambda: ["exact"])  # exact, fused
     granularities: list[str] = field(default_factory=lambda: ["block"])  # of decompression, as experiments/decoding.py names them
     cards: list[CardConfig] = field(default_factory=list)
     reserve_bytes: int = 0  # on each card, for the CUDA context, activations and fragments

@@ -15,6 +15,7 @@ import torch
 
 from df11 import gpu, hf, nvcomp, ops, released
 from df11.sources import split_units
+from df11.tiled_ops import TiledWeight
 from experiments.config import Config
 from experiments.harness import timing
 from experiments.harness.api import Need, Point
@@ -70,6 +71,9 @@ def on_gpu(cfg: Config, rows: int, columns: int) -> Iterator[dict[str, Any]]:
     size = {"bf16": weights.nbytes, "dfloat11": unit.nbytes}
     for kernel in gpu.DECODERS:
         works["dfloat11", kernel] = lambda kernel=kernel: unit.decompress(out.view(-1), kernel)  # type: ignore[misc]
+    if tiled := TiledWeight.encode(weights):
+        works["tiled", "tiled"] = lambda: tiled.decompress(out)
+        size["tiled"] = tiled.nbytes
     if released.is_installed():
         decode = released.decoder(unit)
         works["dfloat11", "released"] = lambda: decode(out)

@@ -2,7 +2,8 @@
 
 Every weight bit; every logits bit of a prefill and of each decoding step; every generated id, greedy and sampled by a seed; every
 sample of lm-eval's tasks, where the model has a tokenizer. Weights from files are compressed to a checkpoint and loaded back as a
-user would; synthetic ones are compressed where they are.
+user would; synthetic ones are compressed where they are. In mode=fused the weights keep every bit and sums have an order of their
+own: what differs is counted there too, and is not 0.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from df11 import checkpoint, hf, modules, runtime
+from df11 import checkpoint, fused, hf, modules, runtime
 from df11.sources import SafetensorsSource, open_source
 from experiments import needs
 from experiments.config import Config
@@ -48,38 +49,49 @@ def preflight(cfg: Config) -> Iterable[Need]:
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
     with tempfile.TemporaryDirectory() as scratch:
         model, weights, about, compress, tokenizer = load(cfg, Path(scratch))
-        identity = {"weights": weights, "kernel": "fast" if cfg.device.name == "cuda" else "cpu", "mode": "exact"}
-        original = identity | {"codec": "bf16", "kernel": "-"}
-        identity |= {"codec": "dfloat11"}
-        tasks = [task for task in cfg.eval.tasks if task not in done] if tokenizer else []
+        original = {"weights": weights, "codec": "bf16", "kernel": "-", "mode": "exact"}
+        on_gpu, modes = cfg.device.name == "cuda", [mode for mode in checkpoint.MODES if mode in cfg.bench.modes]
+        tasks = [task for task in cfg.eval.tasks if any(key(task, m) not in done for m in modes)] if tokenizer else []
         if tasks:
             from experiments import evaluation  # needs lm-eval
         asked = {task: evaluation.fixture(task, Path(scratch)) if cfg.eval.fixtures else task for task in tasks}
         names = {name for name, p in model.named_parameters() if p.dim() > 1}
         bits = {name: p.detach().cpu() for name, p in model.named_parameters() if name in names}
-        expected = outputs(model, cfg) if "bits" not in done else {}
+        expected = outputs(model, cfg) if any(key("bits", mode) not in done for mode in modes) else {}
         answered = {task: evaluation.evaluate(model, tokenizer, spec, cfg.eval.batch_size) for task, spec in asked.items()}
         model = compress(model)
-        if "bits" not in done:
-            yield Point("bits", [identity | row for row in bit_rows(model, cfg, bits, expected)], about)
-        del bits, expected
-        runtime.attach(model, "layer")
-        for task, spec in asked.items():
-            results = evaluation.evaluate(model, tokenizer, spec, cfg.eval.batch_size)
-            axes = {"launch": "eager", "phase": "lm_eval", "granularity": "layer", "batch_size": cfg.eval.batch_size}
-            axes |= {"task": task + (evaluation.SUFFIX if cfg.eval.fixtures else "")}
-            different, total = evaluation.sample_mismatches(answered[task], results)
-            rows = [identity | axes | {"metric": "sample_mismatches", "value": different, "unit": "samples"}]
-            rows.append(identity | axes | {"metric": "compared", "value": total, "unit": "samples"})
-            for who, one in ((original | axes | {"granularity": "-"}, answered[task]), (identity | axes, results)):
-                values = evaluation.scores(one)
-                rows += [who | {"metric": name, "value": values[name], "unit": evaluation.UNITS[name]} for name in values]
-            yield Point(task, rows, about)
+        for mode in modes:  # exact first: fuse_ is not undone
+            if mode == "fused":
+                fused.fuse_(model)
+            codec, kernel = ("dfloat11", "fast") if mode == "exact" else ("tiled", "tiled")
+            identity = {"weights": weights, "codec": codec, "kernel": kernel if on_gpu else "cpu", "mode": mode}
+            if key("bits", mode) not in done:
+                yield Point(key("bits", mode), [identity | row for row in bit_rows(model, cfg, mode, bits, expected)], about)
+            runtime.attach(model, "layer")
+            for task, spec in asked.items():
+                if key(task, mode) in done:
+                    continue
+                results = evaluation.evaluate(model, tokenizer, spec, cfg.eval.batch_size)
+                axes = {"launch": "eager", "phase": "lm_eval", "granularity": "layer" if mode == "exact" else "-"}
+                axes |= {"batch_size": cfg.eval.batch_size, "task": task + (evaluation.SUFFIX if cfg.eval.fixtures else "")}
+                different, total = evaluation.sample_mismatches(answered[task], results)
+                rows = [identity | axes | {"metric": "sample_mismatches", "value": different, "unit": "samples"}]
+                rows.append(identity | axes | {"metric": "compared", "value": total, "unit": "samples"})
+                for who, one in ((original | axes | {"granularity": "-"}, answered[task]), (identity | axes, results)):
+                    values = evaluation.scores(one)
+                    rows += [who | {"metric": name, "value": values[name], "unit": evaluation.UNITS[name]} for name in values]
+                yield Point(key(task, mode), rows, about)
 
 
-def bit_rows(model: torch.nn.Module, cfg: Config, bits: dict[str, torch.Tensor], expected: Results) -> Iterator[dict[str, Any]]:
+def key(what: str, mode: str) -> str:
+    return what if mode == "exact" else f"{what}, {mode}"
+
+
+def bit_rows(
+    model: torch.nn.Module, cfg: Config, mode: str, bits: dict[str, torch.Tensor], expected: Results
+) -> Iterator[dict[str, Any]]:
     yield from weight_rows(model, bits)
-    for granularity, settings in GRANULARITIES.items():
+    for granularity, settings in GRANULARITIES.items() if mode == "exact" else [("-", {"granularity": "layer"})]:
         runtime.attach(model, **settings)
         for (launch, phase, batch_size), got in outputs(model, cfg).items():
             wanted = expected[launch, phase, batch_size]
@@ -129,6 +141,12 @@ def weight_rows(model: torch.nn.Module, bits: dict[str, torch.Tensor]) -> Iterat
                 mismatches += differing(unit.decompress(out).cpu(), bits[f"{prefix}.{name}"].reshape(-1))
                 compared += unit.numel
                 compressed += unit.nbytes - unit.table.nbytes
+        weights = fused.weights_of(module)
+        if weights is not None and f"{prefix}.weight" in bits:
+            mismatches += differing(weights.cpu(), bits[f"{prefix}.weight"])
+            compared += weights.numel()
+    stored = {id(module): module.get() for module in model.modules() if isinstance(module, fused.Stored)}
+    compressed += sum(weight.nbytes for weight in stored.values())
     if not compared:
         raise ValueError("nothing of this model is compressed: there is nothing to compare")
     values = {"weight_mismatches": mismatches, "compared": compared}
@@ -185,11 +203,12 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
 
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     """What was compared, how much of it differs, and the scores of both."""
-    index = ["launch", "phase", "task", "granularity", "batch_size"]
+    index = ["mode", "launch", "phase", "task", "granularity", "batch_size"]
+    rows = rows.drop_duplicates([*index, "codec", "metric"])  # the original's scores stand once for each mode
     compared = rows[rows["metric"] == "compared"].set_index(index)["value"].rename("compared")
     differ = rows[rows["metric"].str.endswith("mismatches")].set_index(index)["value"].rename("differ")
     out = pd.concat([compared, differ], axis=1).reset_index()
-    for codec in ("bf16", "dfloat11"):
+    for codec in ("bf16", "dfloat11", "tiled"):
         own = rows[(rows["codec"] == codec) & rows["metric"].isin(SCORES)].set_index("task")["value"]
         out[codec] = out["task"].map(own)
-    return out if out["bf16"].notna().any() else out.drop(columns=["task", "bf16", "dfloat11"])
+    return out if out["bf16"].notna().any() else out.drop(columns=["task", "bf16", "dfloat11", "tiled"])

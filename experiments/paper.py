@@ -18,6 +18,7 @@ CPU = (
 )
 GPU = (
     "experiment=decompression",
+    "experiment=linear",
     "experiment=compression_time model=llama3_1_8b_synthetic device=cuda",
     "experiment=losslessness model=llama3_1_8b_synthetic model.sample_blocks=0 device=cuda",
     "experiment=offload",
@@ -30,7 +31,8 @@ GPU = (
     "experiment=load_time model=llama3_1_8b_synthetic model.sample_blocks=0 device=cuda",
     "experiment=latency_breakdown",
     "experiment=same_gpu",
-    "experiment=same_gpu bench.kernels=[] bench.variants=[compiled,merged_compiled] bench.launches=[graph] bench.batch_size=[1,64]",
+    "experiment=same_gpu bench.kernels=[] bench.modes=[exact] bench.variants=[compiled,merged_compiled] bench.launches=[graph]"
+    " bench.batch_size=[1,64]",
     "experiment=capacity_check",
 )
 

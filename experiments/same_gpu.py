@@ -1,8 +1,9 @@
 """Fig. 10: what DF11 costs where the uncompressed model fits: tokens a second over batch sizes, prompt and decoding apart.
 
 The BF16 model is measured as it is, with merged projections and compiled: the fastest is the baseline. DF11 is measured by
-kernel, by what is decompressed at a time, and with the next block decompressed ahead. Both sides decode with the same static
-cache, eagerly or in a CUDA graph. Before a side is timed its ids are compared with those of the BF16 model as it is.
+kernel, by what is decompressed at a time, and with the next block decompressed ahead; the tiled codec in mode=fused. All decode
+with the same static cache, eagerly or in a CUDA graph. Before one is timed its ids are compared with those of the BF16 model as it
+is; fused products round in another order, so its ids may differ.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from df11 import hf, modules, released, runtime
+from df11 import checkpoint, hf, modules, released, runtime
 from experiments import budget
 from experiments.config import Config
 from experiments.decoding import GRANULARITIES, LAUNCHES, Decoder, compressed_groups, decompression
@@ -41,6 +42,7 @@ class Setting:
     launch: str
     batch_size: int
     variant: str = "-"  # of BF16
+    mode: str = "-"  # of tiled
     kernel: str = "-"  # of DF11
     granularity: str = "-"
 
@@ -52,7 +54,7 @@ class Setting:
 def preflight(cfg: Config) -> Iterable[Need]:
     size = sum(t.nbytes for t in hf.tensor_shapes(cfg.model.geometry))
     tokens = max(cfg.bench.batch_sizes) * (cfg.bench.prompt_tokens + cfg.bench.tokens)
-    held = int(2.7 * size) + 2 * hf.cache_bytes(cfg.model.geometry, tokens)
+    held = int((2.7 + 0.7 * ("fused" in cfg.bench.modes)) * size) + 2 * hf.cache_bytes(cfg.model.geometry, tokens)
     gpu_memory = held if cfg.device.name == "cuda" else 0
     return [Need("both models", memory=held - gpu_memory, gpu_memory=gpu_memory, minutes=len(plan(cfg)) * size / 3e11)]
 
@@ -66,6 +68,7 @@ def plan(cfg: Config) -> list[Setting]:
         ("launches", bench.launches, LAUNCHES),
         ("granularities", bench.granularities, GRANULARITIES),
         ("kernels", bench.kernels, runtime.KERNELS),
+        ("modes", bench.modes, checkpoint.MODES),
     ):
         if not set(names) <= set(known):
             raise ValueError(f"bench.{what}={names}: choose from {', '.join(known)}")
@@ -77,14 +80,18 @@ def plan(cfg: Config) -> list[Setting]:
         for launch in launches:
             if "plain" in bench.variants:
                 settings.append(Setting("bf16", launch, size, variant="plain"))
-            settings += [
-                Setting("dfloat11", launch, size, kernel=k, granularity=g) for k in kernels[:1] for g in bench.granularities[:1]
-            ]
+            if "fused" in bench.modes:
+                settings.append(Setting("tiled", launch, size, kernel="tiled" if on_gpu else "cpu", mode="fused"))
+            if "exact" in bench.modes:
+                settings += [
+                    Setting("dfloat11", launch, size, kernel=k, granularity=g) for k in kernels[:1] for g in bench.granularities[:1]
+                ]
     settings += [
         Setting("dfloat11", launch, min(sizes), kernel=kernel, granularity=granularity)
         for launch in launches[:1]
         for kernel in kernels
         for granularity in bench.granularities
+        if "exact" in bench.modes
     ]
     for variant in [v for v in VARIANTS[1:] if v in bench.variants]:
         settings += [Setting("bf16", launch, size, variant=variant) for size in sizes for launch in launches]
@@ -93,7 +100,7 @@ def plan(cfg: Config) -> list[Setting]:
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
     settings = [setting for setting in plan(cfg) if setting.key not in done]
-    kernels = list(dict.fromkeys(s.kernel for s in plan(cfg) if s.kernel != "-"))
+    kernels = list(dict.fromkeys(s.kernel for s in plan(cfg) if s.codec == "dfloat11"))
     sums = [kernel for kernel in kernels if f"decompression, {kernel}" not in done]
     if not settings and not sums:
         return
@@ -103,11 +110,12 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
     bf16 = budget.build(cfg, "bf16") if codecs else None
     expected = {size: ids(bf16, cfg, size) for size in dict.fromkeys(setting.batch_size for setting in settings)}
     df11 = budget.build(cfg, "dfloat11") if "dfloat11" in codecs or sums else None
+    tiled = budget.build(cfg, "tiled") if "tiled" in codecs else None
     for kernel in sums:
         rows = decompression_rows(df11, cfg, kernel)
         yield Point(f"decompression, {kernel}", [{"weights": identity["weights"]} | row for row in rows], about)
     for setting in settings:
-        model = bf16 if setting.codec == "bf16" else df11
+        model = {"bf16": bf16, "dfloat11": df11, "tiled": tiled}[setting.codec]
         if setting.variant.startswith("merged"):
             merge_projections_(model)  # once: a merged model has no more to merge
         compiled = compile_step_(model, **COMPILE[setting.variant]) if setting.variant in COMPILE else None
@@ -122,7 +130,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
             if compiled:
                 compiled()
         fixed = {"codec": setting.codec, "kernel": setting.kernel, "variant": setting.variant}
-        fixed |= {"granularity": setting.granularity, "batch_size": setting.batch_size}
+        fixed |= {"granularity": setting.granularity, "batch_size": setting.batch_size, "mode": setting.mode}
         yield Point(setting.key, [identity | fixed | row for row in rows], about)
 
 
@@ -185,6 +193,7 @@ def measure(model: Any, setting: Setting, cfg: Config, expected: torch.Tensor) -
         rate = setting.batch_size * steps / seconds
         yield decode | {"repeat": repeat, "metric": "tokens_per_s", "value": rate, "unit": "tokens/s"}
     if on_gpu:
+        yield decode | {"metric": "stored_bytes", "value": modules.stored_bytes(model)["gpu"], "unit": "bytes"}
         peak = torch.cuda.max_memory_allocated() - others
         yield decode | {"metric": "peak_memory_bytes", "value": peak, "unit": "bytes"}
 

@@ -2,11 +2,10 @@
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90 -cubin -o tiled.cubin tiled.cu        (sm_80: the same with -arch=sm_80)
 //
-// A warp takes a run of tiles. While it decodes one, the codes of the next and its part of x are on their way to the warp's other
-// stage of shared memory (cp.async); low bytes and signs, whose places are known ahead, come straight to registers, four fragments
-// ahead. One table lookup gives the upper bytes of four weights: two lookups and four byte permutations fill the A operand of an
-// mma.sync. A thread block takes whole rows of tiles, so that sums meet in shared memory and are added in a fixed order: the same
-// bits in every run.
+// A warp takes a run of tiles. The codes of a tile come to shared memory at once; its low bytes and signs, whose places are known
+// ahead, straight to registers, as soon as these are free. One table lookup gives the upper bytes of four weights: two lookups and
+// four byte permutations fill the A operand of an mma.sync. A thread block takes whole rows of tiles, so that sums meet in shared
+// memory and are added in a fixed order: the same bits in every run.
 #include <cuda_bf16.h>
 
 #include <cstdint>
@@ -15,43 +14,46 @@ namespace tiled {
 
 constexpr int kLanes = 32;
 constexpr int kTileRows = 16;
+constexpr int kMostWarps = 32;
 constexpr int kMostFragments = 36;
-constexpr int kMostRows = 28;  // of the stream of a tile: 2 * 36 codes of 12 bits, and a row that is read and not used
 constexpr int kTable = 1 << 12;
 
 struct Matrix {
   const uint8_t* low;       // [tiles, F / 2, 32, 16]
   const uint32_t* sign;     // [tiles, F / 4, 32]
-  const uint32_t* stream;   // [rows, 32]
-  const uint2* tiles;       // [tiles + 1]: first row of the stream, first patch
+  const uint8_t* stream;    // [bytes, 32]
+  const uint2* tiles;       // [tiles + 1]: first byte of each lane's stream, first patch
   const uint32_t* patches;  // row << 28 | column << 16 | pattern
   const uint32_t* table;    // [4096]
   uint2 uppers;             // byte of each rank
   int32_t rows, columns, fragments;
 };
 
-// What a warp has of one tile in shared memory. The row before the codes is read too, and not used.
-struct Stage {
-  uint2 x[kMostFragments][4];  // four columns each
-  uint32_t codes[kMostRows][kLanes];
+// Shared memory: this, from an address that is a multiple of 16 KB on; then for each warp the codes of a tile, in rows of a word a
+// lane; then x.
+struct Shared {
+  uint32_t table[kTable];  // first: the row before the codes is read too, and not used
+  float sums[kMostWarps][2][kTileRows];  // of the first and of the last row of tiles that a warp has a part of
 };
 
-template <int kWarps>
-struct Shared {
-  uint32_t table[kTable];
-  Stage stages[kWarps][2];
-  float sums[kWarps][2][kTileRows];  // of the first and of the last row of tiles that a warp has a part of
-};
+// Rows of codes: 2 F of 12 bits, and a row that is read and not used.
+__host__ __device__ constexpr int code_rows(int fragments) { return (2 * 12 * fragments + 31) / 32 + 1; }
 
 __device__ __forceinline__ uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void copy16(void* to, const void* from, int bytes = 16) {  // the rest of the 16 becomes zero
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(bytes) : "memory");
+__device__ __forceinline__ void copy16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-template <int kPending>
-__device__ __forceinline__ void wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-  __syncwarp();
+__device__ __forceinline__ void copy8(void* to, const void* from, int bytes) {  // the rest of the 8 becomes zero
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address(to)), "l"(from), "r"(bytes) : "memory");
 }
+template <int kOffset = 0>
+__device__ __forceinline__ uint32_t load_shared(uint32_t at) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(at), "n"(kOffset));
+  return word;
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint2 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -64,203 +66,278 @@ __device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t sel
 }
 __device__ __forceinline__ float value(uint32_t pattern) { return __uint_as_float(pattern << 16); }
 
-// Low bytes and signs of the next four fragments. They lie without gaps over all tiles, so a run of tiles is read straight on.
-struct Ahead {
+// Low bytes and signs of four fragments, each reloaded when it is used up. They lie without gaps over all tiles, so a run of tiles is
+// read straight on.
+struct Reader {
+  const uint4* from;
+  const uint32_t* sign_from;
+  int left;  // fours, this one too
   uint4 low[2];
   uint32_t sign;
-};
 
-struct Reader {
-  const uint4* low;
-  const uint32_t* sign;
-  const uint32_t* end;  // of sign
   __device__ __forceinline__ Reader(const Matrix& m, int first, int last, int lane)
-      : low(reinterpret_cast<const uint4*>(m.low) + int64_t(first) * m.fragments * 16 + lane),
-        sign(m.sign + int64_t(first) * m.fragments * 8 + lane),
-        end(m.sign + int64_t(last) * m.fragments * 8) {}
-  __device__ __forceinline__ void next(Ahead& a) {
-    if (sign < end) {
-      a.low[0] = __ldcs(low);
-      a.low[1] = __ldcs(low + kLanes);
-      a.sign = __ldcs(sign);
-    }
-    low += 2 * kLanes;
-    sign += kLanes;
+      : from(reinterpret_cast<const uint4*>(m.low) + int64_t(first) * m.fragments * 16 + lane),
+        sign_from(m.sign + int64_t(first) * m.fragments * 8 + lane),
+        left((last - first) * (m.fragments / 4)),
+        low(),
+        sign() {
+    if (left > 0) low[0] = __ldcs(from), low[1] = __ldcs(from + kLanes), sign = __ldcs(sign_from);
+  }
+  __device__ __forceinline__ void next_low(int i) {
+    if (left > 1) low[i] = __ldcs(from + (2 + i) * kLanes);
+  }
+  __device__ __forceinline__ void next_sign() {
+    if (left > 1) sign = __ldcs(sign_from + kLanes);
+    from += 2 * kLanes, sign_from += kLanes, left--;
   }
 };
 
-// A tile's codes and its part of x on their way to a stage.
-template <bool kProduct>
-__device__ __forceinline__ void fetch(const Matrix& m, uint32_t row, uint32_t rows, int left, const __nv_bfloat16* x, Stage& s, int lane) {
-  const uint32_t* const codes = m.stream + int64_t(row) * kLanes + 4 * lane;
-  uint32_t* const to = &s.codes[0][4 * lane];
-  for (uint32_t i = lane / 8, k = 0; i < rows; i += 4, k += 4 * kLanes) copy16(to + k, codes + k);
-  if (kProduct)
-    for (int i = lane; i < 2 * m.fragments; i += kLanes) {
-      const int column = left + 8 * i;
-      copy16(&s.x[i / 2][i % 2 * 2], x + (column < m.columns ? column : 0), min(max(m.columns - column, 0), 8) * 2);
-    }
-  asm volatile("cp.async.commit_group;" ::: "memory");
+// A tile's codes on their way to shared memory. bytes: of each lane.
+__device__ __forceinline__ void fetch(const Matrix& m, uint32_t first, uint32_t bytes, uint32_t (*codes)[kLanes], int lane) {
+  const uint8_t* const from = m.stream + int64_t(first) * kLanes + 16 * lane;
+  const uint32_t to = address(codes) + 16 * lane;
+#pragma unroll
+  for (int i = 0; i < 2 * (code_rows(kMostFragments) - 1) * 4; i += kLanes)
+    if (i + lane < 2 * int(bytes)) copy16(to + 16 * i, from + 16 * i);
+  commit();
 }
 
-// The operands of a tile's fragments, one after the other: use(fragment, a). The lane 4 g + t gets columns 4 t .. 4 t + 3 of rows g
-// and g + 8, as if they were columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of mma.m16n8k16: the other operand takes the same order.
+// When they have arrived: what is left after whole words lies lane by lane and becomes a row of words.
+__device__ __forceinline__ void spread(uint32_t bytes, uint32_t (*codes)[kLanes], int lane) {
+  wait();
+  __syncwarp();
+  if (const uint32_t rest = bytes & 3) {
+    uint32_t* const row = codes[bytes / 4];
+    const uint32_t* const from = row + rest * lane / 4;
+    const uint32_t word = __funnelshift_r(from[0], from[1], rest * lane * 8);
+    __syncwarp();
+    row[lane] = word;
+  }
+}
+
+// The operands of a tile's fragments, one after the other: use(fragment, a, selectors of the two groups). The lane 4 g + t gets
+// columns 4 t .. 4 t + 3 of rows g and g + 8, as if they were columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of mma.m16n8k16: the other
+// operand takes the same order.
 template <class Use>
-__device__ __forceinline__ void decode(const Stage& s, const uint32_t* table, uint2 uppers, int fragments, int lane, Reader& reader,
-                                       Ahead& ahead, Use use) {
+__device__ __forceinline__ void decode(const Matrix& m, const uint32_t (*codes)[kLanes], const uint32_t* table, int lane, Reader& reader,
+                                       Use use) {
   // Bit 2 of a window is the first of a code, so that masked it is the place of a table entry in bytes. So positions begin two bits
-  // before the codes, in the row before the first.
-  uint32_t position = 30;
-  const uint32_t* const rows = &s.codes[0][lane] - kLanes;
-  const char* const entries = reinterpret_cast<const char*>(table);
-  for (int four = 0; four < fragments; four += 4) {
-    const Ahead now = ahead;
-    reader.next(ahead);
+  // before the codes, in the row before the first. They are kept in quarters of a bit on top of the address of the codes: without its
+  // last seven bits such a position is the address of a row. (The shuffle keeps the compiler from computing `column` in the loop.)
+  const uint32_t entries = address(table), column = __shfl_sync(~0u, 4 * lane, lane);  // of 16 KB, aligned to 16 KB
+  uint32_t position = address(codes) - 4 * kLanes + 4 * 30;
+#pragma unroll 1
+  for (int four = 0; four < m.fragments; four += 4) {
 #pragma unroll
     for (int f = 0; f < 4; f++) {
-      const uint32_t* const at = rows + (position >> 5) * kLanes;
-      uint32_t window = __funnelshift_r(at[0], at[kLanes], position);
-      const uint32_t first = *reinterpret_cast<const uint32_t*>(entries + (window & 0x3FFC));
-      window >>= first >> 16;
-      const uint32_t second = *reinterpret_cast<const uint32_t*>(entries + (window & 0x3FFC));
+      const uint32_t at = (position & ~127u) | column;
+      uint32_t window = __funnelshift_r(load_shared(at), load_shared<4 * kLanes>(at), position >> 2);
+      const uint32_t first = load_shared((window & 0x3FFC) | entries);
+      window >>= first >> 18;
+      const uint32_t second = load_shared((window & 0x3FFC) | entries);
       position += (first + second) >> 16;
-      const uint32_t top = permute(uppers.x, uppers.y, first) | ((now.sign << (2 * f)) & 0x80808080);
-      const uint32_t bottom = permute(uppers.x, uppers.y, second) | ((now.sign << (2 * f + 1)) & 0x80808080);
-      const uint4 both = now.low[f / 2];
+      const uint32_t top = permute(m.uppers.x, m.uppers.y, first) | ((reader.sign << (2 * f)) & 0x80808080);
+      const uint32_t bottom = permute(m.uppers.x, m.uppers.y, second) | ((reader.sign << (2 * f + 1)) & 0x80808080);
+      const uint4 both = reader.low[f / 2];
       const uint32_t low_top = f & 1 ? both.z : both.x, low_bottom = f & 1 ? both.w : both.y;
       const uint32_t a[4] = {permute(low_top, top, 0x5140), permute(low_bottom, bottom, 0x5140), permute(low_top, top, 0x7362),
                              permute(low_bottom, bottom, 0x7362)};
-      use(four + f, a);
+      if (f & 1) reader.next_low(f / 2);
+      if (f == 3) reader.next_sign();
+      use(four + f, f, a, first, second);
     }
   }
 }
 
-// A warp's run of a thread block's tiles [begin, end).
-__device__ __forceinline__ int run_start(int begin, int end, int warp, int warps) {
-  return begin + int(int64_t(end - begin) * warp / warps);
+__device__ __forceinline__ Shared& shared() {
+  extern __shared__ __align__(128) unsigned char raw[];
+  return *reinterpret_cast<Shared*>(raw + (-address(raw) & 16 * 1024 - 1));
 }
 
-template <int kWarps>
+// A warp's run of a thread block's n tiles.
+__device__ __forceinline__ int run_start(int n, int warp, int warps) { return int(int64_t(n) * warp / warps); }
+
 __device__ __forceinline__ void load_table(const Matrix& m, uint32_t* to) {
-  for (int i = threadIdx.x; i < kTable / 4; i += kWarps * kLanes)
-    copy16(to + 4 * i, m.table + 4 * i);
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  for (int i = threadIdx.x; i < kTable / 4; i += blockDim.x) copy16(address(to + 4 * i), m.table + 4 * i);
 }
 
-template <int kWarps>
-__device__ __forceinline__ void product(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y) {
-  extern __shared__ __align__(16) unsigned char raw[];
-  Shared<kWarps>& s = *reinterpret_cast<Shared<kWarps>*>(raw);
+// With programmatic dependent launch a kernel begins while the one before it ends: until here it may not read what that one writes,
+// nor write.
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ bool finite(uint32_t two) {
+  return (two & 0x7F80) != 0x7F80 && (two & 0x7F800000) != 0x7F800000;
+}
+
+// Where column i of x lies in shared memory: the four columns of a lane of one fragment beside those of the next.
+__device__ __forceinline__ int place(int i) { return (i & ~31) | (i & 12) << 1 | (i & 16) >> 2 | (i & 3); }
+
+// The sums of a warp's run of tiles. kCareful: x has an Inf or a NaN, which must not meet the +0.0 that stands for an escaped weight
+// or that fills up an operand: then products and sums are made one by one.
+template <bool kCareful, class Put>
+__device__ __forceinline__ void run(const Matrix& m, Shared& s, uint32_t (*codes)[kLanes], const uint4* x, int begin, int first, int last,
+                                    Reader& reader, uint2 h0, uint2 h1, Put put) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-  const int width = 16 * m.fragments, across = (m.columns + width - 1) / width, down = (m.rows + kTileRows - 1) / kTileRows;
-  const int top = int(int64_t(down) * blockIdx.x / gridDim.x), bottom = int(int64_t(down) * (blockIdx.x + 1) / gridDim.x);
-  const int begin = top * across, end = bottom * across;
-  const int first = run_start(begin, end, warp, kWarps), last = run_start(begin, end, warp + 1, kWarps);
-  const auto put = [&](int row, float sum) {
-    if (row < m.rows) y[row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
-  };
-
-  // h: where the tile starts, and the two after it.
-  uint2 h[3];
-#pragma unroll
-  for (int i = 0; i < 3; i++) h[i] = __ldg(m.tiles + min(first + i, last));
-  Reader reader(m, first, last, lane);
-  Ahead ahead = {};
-  reader.next(ahead);
-  int left = first % across * width, next_left = left;
-  load_table<kWarps>(m, s.table);
-  if (first < last) fetch<true>(m, h[0].x, h[1].x - h[0].x, left, x, s.stages[warp][0], lane);
-  wait<0>();
-  __syncthreads();
-
+  const int across = (m.columns + 16 * m.fragments - 1) / (16 * m.fragments);
+  int row_of_tiles = first / across, column = first % across;
+  float(*sums)[kTileRows] = s.sums[warp];
+  bool whole = column == 0;  // this row of tiles is the warp's from its first tile on
   float c[4] = {};
   for (int tile = first; tile < last; tile++) {
-    Stage& stage = s.stages[warp][(tile - first) & 1];
-    left = next_left;
-    next_left = left + width < m.columns ? left + width : 0;
-    if (tile + 1 < last) fetch<true>(m, h[1].x, h[2].x - h[1].x, next_left, x, s.stages[warp][(tile + 1 - first) & 1], lane);
-    const uint2 later = __ldg(m.tiles + min(tile + 3, last));
-    const uint32_t patches = h[1].y - h[0].y;
+    const bool more = tile + 1 < last;
+    uint2 h2 = h1;
+    if (more) h2 = __ldg(m.tiles + begin + tile + 2);
     uint32_t patch = 0;
-    if (uint32_t(lane) < patches) patch = __ldg(m.patches + h[0].y + lane);
-    decode(stage, s.table, m.uppers, m.fragments, lane, reader, ahead, [&](int f, const uint32_t(&a)[4]) {
-      uint2 b = make_uint2(0, 0);
-      if (g == 0) b = stage.x[f][t];
-      mma(c, a, b);
+    if (h0.y + lane < h1.y && lane < 16) patch = __ldg(m.patches + h0.y + lane);
+    spread(h1.x - h0.x, codes, lane);
+    const uint4* const part = x + column * 2 * m.fragments + t;
+    uint4 both;
+    decode(m, codes, s.table, lane, reader, [&](int f, int i, const uint32_t(&a)[4], uint32_t first_four, uint32_t second_four) {
+      if (i % 2 == 0) both = part[2 * f];
+      const uint2 b = i % 2 ? make_uint2(both.z, both.w) : make_uint2(both.x, both.y);
+      if (kCareful) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float one = value((k < 2 ? b.x : b.y) >> 16 * (k & 1) & 0xFFFF);
+          const bool inside = (column * m.fragments + f) * 16 + 4 * t + k < m.columns;
+          if (inside && (first_four >> 4 * k & 7) != 7) c[0] += value(a[k / 2 * 2] >> 16 * (k & 1) & 0xFFFF) * one;
+          if (inside && (second_four >> 4 * k & 7) != 7) c[2] += value(a[k / 2 * 2 + 1] >> 16 * (k & 1) & 0xFFFF) * one;
+        }
+      } else {
+        mma(c, a, b);  // of its eight columns the first is used
+      }
     });
-    // What is missing of each row, in the order of the patches.
-    for (uint32_t from = 0; from < patches; from += kLanes) {
-      if (from && from + lane < patches) patch = __ldg(m.patches + h[0].y + from + lane);
-      const float add = value(patch & 0xFFFF) * __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(stage.x)[patch >> 16 & 0xFFF]);
-      for (uint32_t k = 0; k < min(patches - from, uint32_t(kLanes)); k++) {
-        const uint32_t row = __shfl_sync(~0u, patch, k) >> 28;
-        const float one = __shfl_sync(~0u, add, k);
-        const float own = t == 0 && g == int(row & 7) ? one : 0;
-        c[0] += row < 8 ? own : 0;
-        c[2] += row < 8 ? 0 : own;
+    __syncwarp();
+    if (more) fetch(m, h1.x, h2.x - h1.x, codes, lane);
+    // Escaped weights. Sixteen of them are the columns of one more fragment, each in its own row. A lane has one of them.
+    const uint16_t* const xs = reinterpret_cast<const uint16_t*>(x + column * 2 * m.fragments);
+    for (uint32_t from = h0.y; from < h1.y; from += 16) {
+      if (from != h0.y) patch = from + lane < h1.y && lane < 16 ? __ldg(m.patches + from + lane) : 0;
+      const uint32_t pair = (patch & 0xFFFF) | uint32_t(xs[place(patch >> 16 & 0xFFF)]) << 16;
+      uint32_t pairs[4], top[4], bottom[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        pairs[i] = __shfl_sync(~0u, pair, 4 * t + i);
+        const int row = __shfl_sync(~0u, patch, 4 * t + i) >> 28;
+        top[i] = row == g ? pairs[i] : 0;
+        bottom[i] = row == g + 8 ? pairs[i] : 0;
+        if (kCareful && from + 4 * t + i < h1.y) {
+          const float product = value(pairs[i] & 0xFFFF) * value(pairs[i] >> 16);
+          if (row == g) c[0] += product;
+          if (row == g + 8) c[2] += product;
+        }
+      }
+      if (!kCareful) {
+        const uint32_t a[4] = {permute(top[0], top[1], 0x5410), permute(bottom[0], bottom[1], 0x5410), permute(top[2], top[3], 0x5410),
+                               permute(bottom[2], bottom[3], 0x5410)};
+        mma(c, a, make_uint2(permute(pairs[0], pairs[1], 0x7632), permute(pairs[2], pairs[3], 0x7632)));
       }
     }
-    const bool ends = next_left == 0;
-    if (ends || tile + 1 == last) {
-      const int row_of_tiles = tile / across;
+    const bool ends = ++column == across;
+    if (ends || !more) {
+      if (kCareful) {
+#pragma unroll
+        for (int d = 1; d < 4; d *= 2) {
+          c[0] += __shfl_xor_sync(~0u, c[0], d);
+          c[2] += __shfl_xor_sync(~0u, c[2], d);
+        }
+      }
       if (t == 0) {
-        if (ends && first <= row_of_tiles * across) {
+        if (ends && whole) {
           put(row_of_tiles * kTileRows + g, c[0]);
           put(row_of_tiles * kTileRows + g + 8, c[2]);
         } else {
-          float(&sums)[kTileRows] = s.sums[warp][row_of_tiles != first / across];
-          sums[g] = c[0];
-          sums[g + 8] = c[2];
+          (*sums)[g] = c[0];
+          (*sums)[g + 8] = c[2];
         }
       }
+      sums = s.sums[warp] + 1;
       c[0] = c[1] = c[2] = c[3] = 0;
+      whole = true;
+      row_of_tiles++, column = 0;
     }
-    h[0] = h[1], h[1] = h[2], h[2] = later;
-    wait<0>();  // the next tile is there, this one's stage free
-  }
-  __syncthreads();
-  // Rows of tiles that several warps share: their parts in the order of the warps.
-  for (int i = threadIdx.x; i < (bottom - top) * kTileRows; i += kWarps * kLanes) {
-    const int row_of_tiles = top + i / kTileRows, from = row_of_tiles * across, to = from + across;
-    float sum = 0;
-    bool whole = false;
-    for (int w = 0; w < kWarps; w++) {
-      const int a = run_start(begin, end, w, kWarps), b = run_start(begin, end, w + 1, kWarps);
-      whole |= a <= from && to <= b;
-      if (a < b && a < to && from < b) sum += s.sums[w][row_of_tiles != a / across][i % kTileRows];
-    }
-    if (!whole) put(row_of_tiles * kTileRows + i % kTileRows, sum);
+    h0 = h1, h1 = h2;
   }
 }
 
-template <int kWarps>
-__device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
-  extern __shared__ __align__(16) unsigned char raw[];
-  Shared<kWarps>& s = *reinterpret_cast<Shared<kWarps>*>(raw);
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+__device__ __forceinline__ void product(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y) {
+  Shared& s = shared();
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes;
+  uint32_t(*const all_codes)[kLanes] = reinterpret_cast<uint32_t(*)[kLanes]>(&s + 1);
+  uint32_t(*const codes)[kLanes] = all_codes + warp * code_rows(m.fragments);
+  uint16_t* const xs = reinterpret_cast<uint16_t*>(all_codes + warps * code_rows(m.fragments));  // zeros fill it up to whole tiles
   const int width = 16 * m.fragments, across = (m.columns + width - 1) / width, down = (m.rows + kTileRows - 1) / kTileRows;
-  const int all = down * across, runs = gridDim.x * kWarps;
-  const int first = run_start(0, all, blockIdx.x * kWarps + warp, runs), last = run_start(0, all, blockIdx.x * kWarps + warp + 1, runs);
-  uint2 h[3];
+  const int top = int(int64_t(down) * blockIdx.x / gridDim.x), bottom = int(int64_t(down) * (blockIdx.x + 1) / gridDim.x);
+  const int begin = top * across, tiles = (bottom - top) * across;
+  const int first = run_start(tiles, warp, warps), last = run_start(tiles, warp + 1, warps);
+  const auto put = [&](int row, float sum) {
+    row += top * kTileRows;
+    if (row < m.rows) y[row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
+  };
+  uint2 h0 = {}, h1 = {};
+  if (first < last) h0 = __ldg(m.tiles + begin + first), h1 = __ldg(m.tiles + begin + first + 1);
+  Reader reader(m, begin + first, begin + last, lane);
+  load_table(m, s.table);
+  if (first < last) fetch(m, h0.x, h1.x - h0.x, codes, lane);
+  s.sums[warp][lane / kTileRows][lane % kTileRows] = 0;
+  wait_for_the_kernel_before();
+  for (int i = 4 * threadIdx.x; i < across * width; i += 4 * blockDim.x)
+    copy8(xs + place(i), x + (i < m.columns ? i : 0), min(max(m.columns - i, 0), 4) * 2);
+  commit();
+  wait();
+  bool fine = true;
+  for (int i = 4 * threadIdx.x; i < across * width; i += 4 * blockDim.x) {  // what this thread has copied
+    const uint2 four = *reinterpret_cast<const uint2*>(xs + place(i));
+    fine &= finite(four.x) && finite(four.y);
+  }
+  if (__syncthreads_and(fine))
+    run<false>(m, s, codes, reinterpret_cast<const uint4*>(xs), begin, first, last, reader, h0, h1, put);
+  else
+    run<true>(m, s, codes, reinterpret_cast<const uint4*>(xs), begin, first, last, reader, h0, h1, put);
+  __syncthreads();
+  // Rows of tiles that several warps share: their parts, always in the same order. Eight threads have a row of the matrix.
+  for (int i = threadIdx.x; i / 8 < (bottom - top) * kTileRows; i += blockDim.x) {
+    const int row = i / 8, from = row / kTileRows * across, to = from + across;
+    const int one = ((from + 1) * warps - 1) / tiles, other = (to * warps - 1) / tiles;  // of the first and the last tile
+    float sum = 0;
+    for (int w = one + i % 8; w <= other; w += 8) sum += s.sums[w][w == one && run_start(tiles, one, warps) < from][row % kTileRows];
 #pragma unroll
-  for (int i = 0; i < 3; i++) h[i] = __ldg(m.tiles + min(first + i, last));
+    for (int d = 4; d; d /= 2) sum += __shfl_xor_sync(0xFFu << (lane & 24), sum, d);
+    if (one != other && i % 8 == 0) put(row, sum);
+  }
+}
+
+__device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
+  Shared& s = shared();
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4, warps = blockDim.x / kLanes;
+  uint32_t(*const codes)[kLanes] = reinterpret_cast<uint32_t(*)[kLanes]>(&s + 1) + warp * code_rows(m.fragments);
+  const int width = 16 * m.fragments, across = (m.columns + width - 1) / width, down = (m.rows + kTileRows - 1) / kTileRows;
+  const int all = down * across, runs = gridDim.x * warps;
+  const int first = run_start(all, blockIdx.x * warps + warp, runs), last = run_start(all, blockIdx.x * warps + warp + 1, runs);
+  uint2 h0 = {}, h1 = {};
+  if (first < last) h0 = __ldg(m.tiles + first), h1 = __ldg(m.tiles + first + 1);
   Reader reader(m, first, last, lane);
-  Ahead ahead = {};
-  reader.next(ahead);
-  load_table<kWarps>(m, s.table);
-  if (first < last) fetch<false>(m, h[0].x, h[1].x - h[0].x, 0, nullptr, s.stages[warp][0], lane);
-  wait<0>();
+  load_table(m, s.table);
+  if (first < last) fetch(m, h0.x, h1.x - h0.x, codes, lane);
+  wait();
+  wait_for_the_kernel_before();
   __syncthreads();
   const bool even = m.columns % 4 == 0;
   for (int tile = first; tile < last; tile++) {
-    Stage& stage = s.stages[warp][(tile - first) & 1];
-    if (tile + 1 < last) fetch<false>(m, h[1].x, h[2].x - h[1].x, 0, nullptr, s.stages[warp][(tile + 1 - first) & 1], lane);
-    const uint2 later = __ldg(m.tiles + min(tile + 3, last));
+    const bool more = tile + 1 < last;
+    uint2 h2 = h1;
+    if (more) h2 = __ldg(m.tiles + tile + 2);
+    spread(h1.x - h0.x, codes, lane);
     const int row = tile / across * kTileRows, left = tile % across * width;
     uint16_t* const upper = out + int64_t(row + g) * m.columns + left + 4 * t;
     uint16_t* const lower = upper + int64_t(8) * m.columns;
     const bool inside = row + kTileRows <= m.rows && left + width <= m.columns && even;
-    decode(stage, s.table, m.uppers, m.fragments, lane, reader, ahead, [&](int f, const uint32_t(&a)[4]) {
+    decode(m, codes, s.table, lane, reader, [&](int f, int, const uint32_t(&a)[4], uint32_t, uint32_t) {
       if (inside) {
         __stcs(reinterpret_cast<uint2*>(upper + 16 * f), make_uint2(a[0], a[2]));
         __stcs(reinterpret_cast<uint2*>(lower + 16 * f), make_uint2(a[1], a[3]));
@@ -274,31 +351,70 @@ __device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
       }
     });
     __syncwarp();
-    for (uint32_t k = h[0].y + lane; k < h[1].y; k += kLanes) {
+    if (more) fetch(m, h1.x, h2.x - h1.x, codes, lane);
+    for (uint32_t k = h0.y + lane; k < h1.y; k += kLanes) {
       const uint32_t patch = __ldg(m.patches + k);
       out[int64_t(row + (patch >> 28)) * m.columns + left + (patch >> 16 & 0xFFF)] = uint16_t(patch);
     }
-    h[0] = h[1], h[1] = h[2], h[2] = later;
-    wait<0>();
+    h0 = h1, h1 = h2;
+  }
+}
+
+// Some rows: out[i] = W[rows[i]]. A thread block has one row, its warps take turns with the tiles of its row of tiles.
+__device__ __forceinline__ void gather(const Matrix& m, const int64_t* rows, uint16_t* out) {
+  Shared& s = shared();
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4, warps = blockDim.x / kLanes;
+  uint32_t(*const codes)[kLanes] = reinterpret_cast<uint32_t(*)[kLanes]>(&s + 1) + warp * code_rows(m.fragments);
+  const int width = 16 * m.fragments, across = (m.columns + width - 1) / width;
+  load_table(m, s.table);
+  wait();
+  wait_for_the_kernel_before();
+  __syncthreads();
+  const int64_t row = rows[blockIdx.x];
+  if (row < 0 || row >= m.rows) __trap();
+  const int within = int(row % kTileRows);
+  uint16_t* const to = out + int64_t(blockIdx.x) * m.columns;
+  for (int column = warp; column < across; column += warps) {
+    const int tile = int(row / kTileRows) * across + column, left = column * width;
+    const uint2 h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
+    Reader reader(m, tile, tile + 1, lane);
+    fetch(m, h0.x, h1.x - h0.x, codes, lane);
+    spread(h1.x - h0.x, codes, lane);
+    decode(m, codes, s.table, lane, reader, [&](int f, int, const uint32_t(&a)[4], uint32_t, uint32_t) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int at = left + 16 * f + 4 * t + i;
+        const uint32_t two = within < 8 ? a[i / 2 * 2] : a[i / 2 * 2 + 1];
+        if (g == within % 8 && at < m.columns) to[at] = uint16_t(two >> 16 * (i & 1));
+      }
+    });
+    __syncwarp();
+    for (uint32_t k = h0.y + lane; k < h1.y; k += kLanes) {
+      const uint32_t patch = __ldg(m.patches + k);
+      if (int(patch >> 28) == within) to[left + (patch >> 16 & 0xFFF)] = uint16_t(patch);
+    }
+    __syncwarp();
   }
 }
 
 }  // namespace tiled
 
-#ifndef WARPS
-#define WARPS 16
-#endif
-constexpr int kWarps = WARPS;
+// Launch with 32 threads for each of up to 32 warps; the product and decompression with a thread block for each multiprocessor.
+// Dynamic shared memory: 15 KB (up to the alignment), sizeof(Shared), 128 code_rows(F) for each warp, and for the product x in whole
+// tiles.
+extern "C" __constant__ const int tiled_shared = 15 * 1024 + int(sizeof(tiled::Shared));
 
-extern "C" __constant__ const int tiled_product_launch[] = {kWarps * tiled::kLanes, int(sizeof(tiled::Shared<kWarps>)), 1};
-extern "C" __constant__ const int tiled_decompress_launch[] = {kWarps * tiled::kLanes, int(sizeof(tiled::Shared<kWarps>)), 1};
-
-extern "C" __global__ void __launch_bounds__(kWarps* tiled::kLanes, 1)
+extern "C" __global__ void __launch_bounds__(tiled::kMostWarps* tiled::kLanes, 1)
 tiled_product(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y) {
-  tiled::product<kWarps>(m, x, bias, y);
+  tiled::product(m, x, bias, y);
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps* tiled::kLanes, 1)
+extern "C" __global__ void __launch_bounds__(tiled::kMostWarps* tiled::kLanes, 1)
 tiled_decompress(const __grid_constant__ tiled::Matrix m, uint16_t* out) {
-  tiled::decompress<kWarps>(m, out);
+  tiled::decompress(m, out);
+}
+
+extern "C" __global__ void __launch_bounds__(tiled::kMostWarps* tiled::kLanes, 1)
+tiled_rows(const __grid_constant__ tiled::Matrix m, const int64_t* rows, uint16_t* out) {
+  tiled::gather(m, rows, out);
 }

@@ -1,75 +1,163 @@
-"""The kernels of the tiled layout on a GPU against the CPU format. They are launched from here: nothing in df11 does so yet."""
-
-import struct
-from dataclasses import dataclass
+"""The kernels of the tiled layout on a GPU against the CPU format, float64 products and cuBLAS."""
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import linear
 
-from df11 import gpu
+from df11 import gpu, tiled_gpu
 from df11.formats.tiled import Tiled
+from df11.tiled_ops import ARRAYS, TiledWeight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu.is_available(), reason="needs a GPU, pycuda and nvcc")]
-MATRIX = struct.Struct("PPPPPPQiiii")  # tiled::Matrix: six pointers, uppers, rows, columns, fragments, and its padding
-ARRAYS = ("low", "sign", "stream", "tiles", "patches")
+
+SHAPES = [
+    (16, 128),
+    (60, 300),
+    (100, 2304),
+    (333, 576),
+    (4096, 576),
+    (50, 1600),
+    (1000, 5376),
+    (64, 8192),
+    (17, 3840),
+    (4096, 4096),
+]
+SHAPES += [(200, 14336), (100, 53248)]
 
 
-@dataclass
-class OnGpu:
-    arrays: dict[str, torch.Tensor]  # kept, for the addresses in `packed`
-    packed: bytes
-    shape: tuple[int, ...]
-
-    @classmethod
-    def encode(cls, weights: torch.Tensor) -> "OnGpu":
-        unit = Tiled().encode_tensors([weights.cpu()])
-        (matrix,) = unit.matrices
-        assert matrix.raw is None
-        given = {**matrix.arrays, "table": unit.code.table}
-        arrays = {n: torch.from_numpy(a.view(np.int32) if a.dtype == np.uint32 else a).cuda() for n, a in given.items()}
-        pointers = [arrays[name].data_ptr() for name in (*ARRAYS, "table")]
-        packed = MATRIX.pack(*pointers, int(unit.code.uppers.view(np.uint64)[0]), *matrix.size, matrix.fragments, 0)
-        return cls(arrays, packed, matrix.size)
-
-    def decompress(self) -> torch.Tensor:
-        device = gpu.device(0)
-        out = torch.full(self.shape, float("nan"), dtype=torch.bfloat16, device="cuda")
-        kernel = device.kernel("tiled", "tiled_decompress", f"{MATRIX.size}sP")
-        device.launch(kernel, device.processors, self.packed, out.data_ptr())
-        return out
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        device = gpu.device(0)
-        y = torch.full(self.shape[:1], float("nan"), dtype=torch.bfloat16, device="cuda")
-        kernel = device.kernel("tiled", "tiled_product", f"{MATRIX.size}sPPP")
-        device.launch(kernel, device.processors, self.packed, x.data_ptr(), 0, y.data_ptr())
-        return y
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).mul_(0.02).bfloat16()
 
 
-SHAPES = [(16, 128), (60, 300), (100, 2304), (333, 576), (4096, 576), (50, 1600), (1000, 5376), (64, 8192), (4096, 4096)]
+def encode(weights: torch.Tensor) -> TiledWeight:
+    weight = TiledWeight.encode(weights)
+    assert weight is not None
+    return weight
+
+
+def with_escapes(shape: tuple[int, int]) -> torch.Tensor:
+    """Every 37th weight of one row, a row of tiny weights, an Inf and a NaN."""
+    weights = normal(*shape, seed=shape[1])
+    weights[shape[0] // 2, ::37] = 7.0
+    weights[3, 5], weights[5, 7], weights[9] = float("inf"), float("nan"), 1e-30
+    return weights
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bits_and_products(shape: tuple[int, int]) -> None:
-    """With escapes: whole columns, a row of tiny weights, an Inf and a NaN."""
-    generator = torch.Generator("cuda").manual_seed(shape[1])
-    weights = (torch.randn(shape, device="cuda", generator=generator) * 0.02).bfloat16()
-    weights[shape[0] // 2, ::37] = 7.0
-    weights[3, 5], weights[5, 7], weights[9] = float("inf"), float("nan"), 1e-30
-    matrix = OnGpu.encode(weights)
-    assert torch.equal(matrix.decompress().view(torch.int16), weights.view(torch.int16))
-    x = torch.randn(1, shape[1], device="cuda", generator=generator).bfloat16()
-    y, again = matrix.product(x), matrix.product(x)
-    assert torch.equal(y.view(torch.int16), again.view(torch.int16))
-    exact = (x.double() @ weights.double().T)[0]
+def test_encoder_decoder_and_rows(shape: tuple[int, int]) -> None:
+    weights = with_escapes(shape)
+    weight = encode(weights)
+    unit = Tiled().encode_tensors([weights.cpu()])
+    for name in ARRAYS[:-1]:
+        assert np.array_equal(getattr(weight, name).cpu().numpy().view(np.uint8), unit.matrices[0].arrays[name].view(np.uint8)), (
+            name
+        )
+    assert same(weight.decompress(), weights)
+    ids = torch.tensor([[0, shape[0] - 1, 9], [3, 5, shape[0] // 2]], device="cuda")
+    assert same(weight.rows(ids), weights[ids])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(shape: tuple[int, int]) -> None:
+    weights = with_escapes(shape)
+    weight, bias = encode(weights), normal(shape[0], seed=1)
+    x = normal(1, shape[1], seed=2)
+    y = weight.linear(x, bias)
+    assert all(same(weight.linear(x, bias), y) for _ in range(3))
+    exact = (x.double() @ weights.double().T + bias.double())[0]
     finite = torch.isfinite(weights.float()).all(1)
-    cublas = torch.nn.functional.linear(x, weights)[0].double()
-    assert (y.double() - exact)[finite].norm() <= 1.05 * (cublas - exact)[finite].norm()
-    assert torch.equal(torch.isnan(y[~finite]), torch.isnan(exact[~finite]))
+    cublas = linear(x, weights, bias)[0].double()
+    assert (y[0].double() - exact)[finite].norm() <= 1.1 * (cublas - exact)[finite].norm()
+    assert torch.equal(torch.isnan(y[0][~finite]), torch.isnan(exact[~finite]))
+
+
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (4096, 14336)], ids=str)
+def test_errors_are_no_larger_than_cublas(shape: tuple[int, int]) -> None:
+    weights = normal(*shape)
+    weight, own, theirs = encode(weights), 0.0, 0.0
+    for seed in range(16):
+        x = torch.randn(1, shape[1], device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).bfloat16()
+        exact = x.double() @ weights.double().T
+        own += float((weight.linear(x).double() - exact).square().sum())
+        theirs += float((linear(x, weights).double() - exact).square().sum())
+    assert own <= 1.05**2 * theirs
 
 
 def test_all_patterns() -> None:
-    everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256)
-    weights = torch.cat([(torch.randn(2048, 256) * 0.02).bfloat16(), everything]).cuda()
-    assert torch.equal(OnGpu.encode(weights).decompress().view(torch.int16), weights.view(torch.int16))
+    everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256).cuda()
+    weights = torch.cat([normal(2048, 256), everything])
+    weight = encode(weights)
+    assert same(weight.decompress(), weights)
+    assert same(weight.rows(torch.arange(2048, 2304, device="cuda")), everything)
+
+
+@pytest.mark.parametrize("columns", [300, 4096])
+@pytest.mark.parametrize("values", [["inf"], ["-inf", "inf"], ["nan"]])
+def test_activations_that_are_not_finite(columns: int, values: list[str]) -> None:
+    """What float32 gives: they must not meet the zeros that stand for escaped weights, nor those of the padding."""
+    weights = normal(500, columns)
+    weights[::3, 5], weights[7] = 1e-30, 0.0
+    weights[11, 6] = float("inf")
+    x = normal(1, columns, seed=1)
+    for place, value in zip((5, 17), values, strict=False):
+        x[0, place] = float(value)
+    y = encode(weights).linear(x)[0].float()
+    expected = (x.float() * weights.float()).sum(1)
+    assert torch.equal(torch.isnan(y), torch.isnan(expected))
+    whole = ~torch.isnan(expected)
+    assert torch.equal(y[whole], expected[whole])  # infinities
+
+
+def test_each_product_waits_for_the_one_before() -> None:
+    """They begin early, so x must not be read too soon nor y written: a chain in a graph against one kernel at a time."""
+    first, second = encode(normal(4096, 4096)), encode(normal(4096, 4096, seed=1))
+    start = torch.randn(4096, device="cuda").bfloat16()
+    x, wanted = start.clone(), start.clone()
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        return second.linear(first.linear(x)).mul(0.5)
+
+    both(x)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(8):
+            x.copy_(both(x))
+    x.copy_(start)
+    graph.replay()
+    for _ in range(8):
+        torch.cuda.synchronize()
+        middle = first.linear(wanted)
+        torch.cuda.synchronize()
+        wanted = second.linear(middle).mul(0.5)
+    assert torch.isfinite(wanted).all()
+    assert same(x, wanted)
+
+
+def test_more_than_2_31_weights() -> None:
+    weights = normal(64, 4096).repeat((1 << 31) // (64 * 4096) + 1, 1)
+    assert weights.numel() > 1 << 31
+    weights[-1] = 1.25
+    weight = encode(weights)
+    assert same(weight.decompress(), weights)
+    x = normal(1, 4096, seed=1)
+    y = weight.linear(x)[0]
+    assert same(y[:64], y[-128:-64])
+    assert same(weight.rows(torch.tensor([len(weights) - 1], device="cuda")), weights[-1:])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight = encode(normal(64, 512))
+    with pytest.raises(ValueError, match="float32"):
+        weight.linear(torch.zeros(1, 512, device="cuda"))
+    with pytest.raises(ValueError, match="512 elements"):
+        weight.linear(torch.zeros(2, 512, device="cuda", dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="mode=exact"):
+        tiled_gpu.plan(64, 200_000, 32, 132, 200 * 1024)
+    with pytest.raises(ValueError, match="not those of a matrix"):
+        torch.ops.df11.tiled_rows(torch.tensor([0], device="cuda"), *weight.arrays, weight.uppers, 80, 512)

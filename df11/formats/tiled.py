@@ -46,7 +46,7 @@ R = TypeVar("R")
 class TiledCode:
     """What the upper exponents of a unit are coded by."""
 
-    table: np.ndarray  # uint32[4096] by the next 12 bits, first bit lowest: ranks of the four weights, 4 bits each; length << 16
+    table: np.ndarray  # uint32[4096] by the next 12 bits, first bit lowest: ranks of the four weights, 4 bits each; length << 18
     uppers: np.ndarray  # uint8[8] of each rank; 0 for escapes
 
     @property
@@ -62,8 +62,8 @@ class TiledMatrix:
     fragments: int  # F; 0 where raw
     low: np.ndarray  # uint8[T, F / 2, 32, 16]
     sign: np.ndarray  # uint32[T, F / 4, 32]
-    stream: np.ndarray  # uint32[R, 32]: rows of a word a lane
-    tiles: np.ndarray  # uint32[T + 1, 2]: each tile's first row of the stream, and its first patch
+    stream: np.ndarray  # uint8[B, 32]: a byte of each lane; within a tile four and four are a row of words
+    tiles: np.ndarray  # uint32[T + 1, 2]: where each tile's part of the stream begins, and its first patch
     patches: np.ndarray  # uint32[patches]: row << 28 | column of the tile << 16 | bf16 pattern
     raw: np.ndarray | None = None  # uint16[n]
 
@@ -127,8 +127,8 @@ def make_code(histogram: np.ndarray) -> TiledCode:
     codes = canonical_codes(lengths)
     for tuple_ in np.flatnonzero(lengths):
         length = int(lengths[tuple_])
-        table[reverse(int(codes[tuple_]), length) :: 1 << length] = selector(int(tuple_)) | length << 16
-    table[table == 0] = selector(NONE) | 1 << 16  # a lone code of one bit leaves half of the table
+        table[reverse(int(codes[tuple_]), length) :: 1 << length] = selector(int(tuple_)) | length << 18
+    table[table == 0] = selector(NONE) | 1 << 18  # a lone code of one bit leaves half of the table
     uppers = np.zeros(8, np.uint8)
     uppers[: len(ranked)] = ranked
     return TiledCode(table, uppers)
@@ -214,9 +214,9 @@ class Tiled:
         """Raise FormatError unless sizes, table and indices fit each other. The streams are checked while decoding."""
         table, uppers = unit.code.table, unit.code.uppers
         expect(table.dtype == np.uint32 and table.shape == (1 << WINDOW,), f"table: expected uint32[{1 << WINDOW}]")
-        lengths = table >> 16
+        lengths = table >> 18
         expect(bool((lengths >= 1).all() and (lengths <= WINDOW).all()), "table: a code is not 1 to 12 bits long")
-        expect(not (table & 0x8888).any(), "table: a rank is not 0 to 7")
+        expect(not (table & 0x38888).any(), "table: a rank is not 0 to 7")
         expect(uppers.dtype == np.uint8 and uppers.shape == (8,), "uppers: expected uint8[8]")
         expect(bool((uppers < 128).all()) and uppers[ESCAPE] == 0, "uppers: not seven exponents below 128 and a zero")
         for matrix in unit.matrices:
@@ -232,7 +232,7 @@ class Tiled:
         fixed = count * fragments * (256 + 32) + 8 * count  # bytes of low, sign and tiles
         if fixed >= 2 * flat.size:
             return raw_matrix(shape, flat)
-        ranks, lengths, values = _encoder_tables(code)
+        ranks, lengths, values = encoder_tables(code)
         tiles = np.zeros((count + 1, 2), np.int64)
         size = (rows, columns, fragments, across)
 
@@ -242,11 +242,11 @@ class Tiled:
 
         self._map(measure, range(0, count, TILES_A_TASK))
         np.cumsum(tiles, 0, out=tiles)
-        if tiles.max() >= 1 << 32 or fixed + 128 * tiles[-1, 0] + 4 * tiles[-1, 1] >= 2 * flat.size:
+        if tiles.max() >= 1 << 32 or fixed + 32 * tiles[-1, 0] + 4 * tiles[-1, 1] >= 2 * flat.size:
             return raw_matrix(shape, flat)
         low = np.empty((count, fragments // 2, LANES, 16), np.uint8)
         sign = np.empty((count, fragments // 4, LANES), np.uint32)
-        stream, patches = np.zeros((int(tiles[-1, 0]), LANES), np.uint32), np.empty(int(tiles[-1, 1]), np.uint32)
+        stream, patches = np.zeros((int(tiles[-1, 0]), LANES), np.uint8), np.empty(int(tiles[-1, 1]), np.uint32)
 
         def write(first: int) -> None:
             last = min(first + TILES_A_TASK, count)
@@ -281,7 +281,7 @@ class Tiled:
 
 def raw_matrix(shape: tuple[int, ...], flat: np.ndarray) -> TiledMatrix:
     none = np.empty(0, np.uint32)
-    return TiledMatrix(shape, 0, none.astype(np.uint8), none, none, none, none, flat.copy())
+    return TiledMatrix(shape, 0, none.astype(np.uint8), none, none.astype(np.uint8), none, none, flat.copy())
 
 
 def _tensors(chunks: Chunks, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
@@ -316,7 +316,7 @@ def _check(matrix: TiledMatrix) -> None:
     shapes: dict[str, tuple[type, tuple[int, ...]]] = {
         "low": (np.uint8, (count, f // 2, LANES, 16)),
         "sign": (np.uint32, (count, f // 4, LANES)),
-        "stream": (np.uint32, (matrix.stream.size // LANES, LANES)),
+        "stream": (np.uint8, (matrix.stream.size // LANES, LANES)),
         "tiles": (np.uint32, (count + 1, 2)),
         "patches": (np.uint32, (matrix.patches.size,)),
     }
@@ -328,14 +328,14 @@ def _check(matrix: TiledMatrix) -> None:
     expect(tiles[-1, 0] == len(matrix.stream) and tiles[-1, 1] == matrix.patches.size, "tiles: do not end where the data do")
 
 
-def _encoder_tables(code: TiledCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def encoder_tables(code: TiledCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rank of each upper exponent; length and bits of each tuple's code, 0 where it has none."""
     ranks = np.full(128, ESCAPE, np.int64)
     ranks[code.uppers[RANKS - 1 :: -1]] = np.arange(RANKS - 1, -1, -1)  # the first of equal ones counts
     lengths, values = np.zeros(TUPLES, np.int64), np.zeros(TUPLES, np.int64)
     selected = code.table & 0xFFFF
     tuples = sum((selected >> 4 * i & 7) << 9 - 3 * i for i in range(4))
-    lengths[tuples] = code.table >> 16
+    lengths[tuples] = code.table >> 18
     at = np.arange(len(code.table))
     values[tuples] = at & ((1 << lengths[tuples]) - 1)
     return ranks, lengths, values
@@ -354,8 +354,18 @@ def _tuple(flat, rows, columns, row, column, ranks):  # type: ignore[no-untyped-
 
 
 @njit(cache=True, nogil=True)
+def _place(first, last, byte, lane):  # type: ignore[no-untyped-def]
+    """Where in the flat stream a byte of a lane is. first, last: the tile's, of each lane. Whole words are interleaved; the one to
+    three bytes that are left lie together, lane by lane."""
+    words = (last - first) & ~3
+    if byte < words:
+        return 32 * first + 32 * (byte & ~3) + 4 * lane + (byte & 3)
+    return 32 * (first + words) + (last - first - words) * lane + byte - words
+
+
+@njit(cache=True, nogil=True)
 def _measure(flat, rows, columns, fragments, across, ranks, lengths, first, last, tiles):  # type: ignore[no-untyped-def]
-    """Into tiles[t + 1]: rows of tile t's stream, and its patches."""
+    """Into tiles[t + 1]: bytes a lane of tile t's stream, and its patches."""
     for tile in range(first, last):
         top, left = tile // across * 16, tile % across * fragments * 16
         most, patches = 0, 0
@@ -369,7 +379,7 @@ def _measure(flat, rows, columns, fragments, across, ranks, lengths, first, last
                 for i in range(4):
                     if (whole or found >> 9 - 3 * i & 7 == 7) and row < rows and column + i < columns:
                         patches += 1
-            most = max(most, (used + 31) >> 5)
+            most = max(most, (used + 7) >> 3)
         tiles[tile + 1, 0], tiles[tile + 1, 1] = most, patches
 
 
@@ -379,20 +389,20 @@ def _write(  # type: ignore[no-untyped-def]
 ):
     for tile in range(first, last):
         top, left = tile // across * 16, tile % across * fragments * 16
+        flat_stream = stream.reshape(-1)
         patch = tiles[tile, 1]
         for lane in range(32):
-            at = 32 * tiles[tile, 0]  # bit of the lane's column of the stream
+            at = 0  # bit of the lane's codes
             for group in range(2 * fragments):
                 fragment, half = group >> 1, group & 1
                 row, column = top + (lane >> 2) + 8 * half, left + fragment * 16 + 4 * (lane & 3)
                 found = _tuple(flat, rows, columns, row, column, ranks)
                 whole = lengths[found] == 0
                 code = 4095 if whole else found
-                word, shift = at >> 5, at & 31
-                value = np.uint64(values[code]) << np.uint64(shift)
-                stream[word, lane] |= np.uint32(value & np.uint64(0xFFFFFFFF))
-                if value >> np.uint64(32):
-                    stream[word + 1, lane] |= np.uint32(value >> np.uint64(32))
+                value = values[code] << (at & 7)
+                for i in range((lengths[code] + (at & 7) + 7) >> 3):
+                    place = _place(tiles[tile, 0], tiles[tile + 1, 0], (at >> 3) + i, lane)
+                    flat_stream[place] |= np.uint8(value >> 8 * i & 0xFF)
                 at += lengths[code]
                 if half == 0 and fragment & 3 == 0:
                     sign[tile, fragment >> 2, lane] = 0
@@ -419,20 +429,20 @@ def _read(  # type: ignore[no-untyped-def]
     """Decode tiles first .. last - 1. Returns -1, or the tile whose stream or patches do not fit."""
     for tile in range(first, last):
         top, left = tile // across * 16, tile % across * fragments * 16
-        most = tiles[tile, 0]
+        begin, end = tiles[tile, 0], tiles[tile + 1, 0]
+        flat_stream = stream.reshape(-1)
+        most = 0
         for lane in range(32):
-            bit = 32 * tiles[tile, 0]
+            bit = 0
             for group in range(2 * fragments):
                 fragment, half = group >> 1, group & 1
                 row, column = top + (lane >> 2) + 8 * half, left + fragment * 16 + 4 * (lane & 3)
-                word, shift = bit >> 5, np.uint64(bit & 31)
-                window = np.uint64(0)
-                if word < tiles[tile + 1, 0]:
-                    window = np.uint64(stream[word, lane]) >> shift
-                if word + 1 < tiles[tile + 1, 0]:
-                    window |= np.uint64(stream[word + 1, lane]) << (np.uint64(32) - shift)
-                entry = np.int64(table[window & np.uint64(0xFFF)])
-                bit += entry >> 16
+                window = np.int64(0)
+                for i in range(3):
+                    if (bit >> 3) + i < end - begin:
+                        window |= np.int64(flat_stream[_place(begin, end, (bit >> 3) + i, lane)]) << 8 * i
+                entry = np.int64(table[window >> (bit & 7) & 0xFFF])
+                bit += int(entry >> 18)
                 for i in range(4):
                     if row < rows and column + i < columns:
                         pattern = np.int64(uppers[entry >> 4 * i & 7]) << 8
@@ -440,8 +450,8 @@ def _read(  # type: ignore[no-untyped-def]
                         place = 8 * i + 7 - (2 * (fragment & 3) + half)
                         pattern |= np.int64(sign[tile, fragment >> 2, lane] >> np.uint32(place) & np.uint32(1)) << 15
                         out[row * columns + column + i] = pattern
-            most = max(most, (bit + 31) >> 5)
-        if most != tiles[tile + 1, 0]:
+            most = max(most, (bit + 7) >> 3)
+        if most != end - begin:
             return tile
         for k in range(tiles[tile, 1], tiles[tile + 1, 1]):
             row, column = (

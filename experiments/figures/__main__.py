@@ -15,6 +15,7 @@ from experiments.figures import (
     exponent_entropy,
     generation_length,
     latency_breakdown,
+    linear,
     offload,
     same_gpu,
     style,
@@ -30,6 +31,7 @@ FIGURES = {
     "latency_breakdown": latency_breakdown.draw,
     "same_gpu": same_gpu.draw,
     "capacity": capacity.draw,
+    "linear": linear.draw,
 }
 
 

@@ -15,6 +15,7 @@ CURVES = {  # codec, kernel: label, colour, line
     ("dfloat11", "fast"): ("DFloat11, fast kernel", BLUE, "-"),
     ("dfloat11", "paper"): ("DFloat11, the paper's algorithm", GREEN, "-"),
     ("dfloat11", "released"): ("DFloat11, released kernel", ORANGE, "-"),
+    ("tiled", "tiled"): ("tiled layout", BLUE, "--"),
     ("nvcomp_ans_exponents", "nvcomp"): ("nvCOMP ANS, exponents only, not merged", PURPLE, "--"),
     ("nvcomp_ans", "nvcomp"): ("nvCOMP ANS, half-precision mode", PURPLE, "-"),
     ("nvcomp_ans_bytes", "nvcomp"): ("nvCOMP ANS, bytes", PURPLE, ":"),

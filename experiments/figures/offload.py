@@ -8,13 +8,14 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import BLUE, GREY, ORANGE, VERMILLION, load, published
+from experiments.figures.style import BLUE, GREY, ORANGE, PURPLE, VERMILLION, load, published
 
 CURVES = {  # codec, placement: label, colour, line
     ("bf16", "accelerate"): ("BF16, CPU offload by accelerate", VERMILLION, "-"),
     ("bf16", "offload"): ("BF16, blocks prefetched from pinned memory", ORANGE, "-"),
     ("dfloat11", "offload"): ("DFloat11, the same blocks offloaded", BLUE, "--"),
     ("dfloat11", "resident"): ("DFloat11, all on the GPU", BLUE, "-"),
+    ("tiled", "resident"): ("tiled, fused, all on the GPU", PURPLE, "-"),
 }
 METRICS = {"tokens_per_s": "tokens a second", "s_per_step": "seconds a step"}
 

@@ -9,16 +9,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, load, published
+from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, load, published
 
 LAUNCHES = {"graph": "-", "eager": "--"}
-COLOURS = {"bf16": GREY, "dfloat11": BLUE}
+COLOURS = {"bf16": GREY, "dfloat11": BLUE, "tiled": PURPLE}
+LABELS = {"bf16": "BF16", "dfloat11": "DFloat11", "tiled": "tiled, fused"}
 KERNELS = {"fast": BLUE, "cpu": BLUE, "paper": GREEN, "released": ORANGE}
 
 
 def draw(results: Path) -> Figure:
     rows = load(results, "same_gpu")
-    (model,), (gpu,) = rows["model"].unique(), rows["gpu"].unique()
+    (model,), gpu = rows["model"].unique(), rows["gpu"].iloc[-1]  # the one measured last
+    rows = rows[rows["gpu"] == gpu]
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 6.2))
     where = f"{model}, {gpu if gpu != '-' else 'CPU'}"
     curves(axes[0, 0], rows, "decode", f"Decoding: {where}")
@@ -26,13 +28,9 @@ def draw(results: Path) -> Figure:
     ablation(axes[1, 0], rows)
     paper = published(results, "same_gpu")
     for codec, column in (("bf16", "bf16_tokens_per_s"), ("dfloat11", "df11_tokens_per_s")):
-        axes[1, 1].plot(paper["batch_size"], paper[column], color=COLOURS[codec], marker=".", label=label(codec))
+        axes[1, 1].plot(paper["batch_size"], paper[column], color=COLOURS[codec], marker=".", label=LABELS[codec])
     finish(axes[1, 1], f"Published: {paper['model'].iloc[0]}, {paper['gpus'].iloc[0]}")
     return figure
-
-
-def label(codec: str) -> str:
-    return "BF16" if codec == "bf16" else "DFloat11"
 
 
 def curves(axis: Axes, rows: pd.DataFrame, phase: str, title: str) -> None:
@@ -44,7 +42,7 @@ def curves(axis: Axes, rows: pd.DataFrame, phase: str, title: str) -> None:
         for launch, line in LAUNCHES.items():
             if (codec, launch) in fastest.index.droplevel("batch_size"):
                 curve = fastest[codec, launch]
-                name = f"{label(codec)}, {'CUDA graph' if launch == 'graph' else 'eager'}"
+                name = f"{LABELS[codec]}, {'CUDA graph' if launch == 'graph' else 'eager'}"
                 axis.plot(curve.index, curve, line, color=colour, marker=".", label=name)
     finish(axis, title)
 
@@ -55,11 +53,11 @@ def ablation(axis: Axes, rows: pd.DataFrame) -> None:
     steps = steps[steps["batch_size"] == steps["batch_size"].min()]
     launch = "graph" if (steps["launch"] == "graph").any() else "eager"
     bars = []
-    for (_, variant, kernel, granularity), own in steps[steps["launch"] == launch].groupby(
+    for (codec, variant, kernel, granularity), own in steps[steps["launch"] == launch].groupby(
         ["codec", "variant", "kernel", "granularity"], sort=False
     ):
-        name = f"BF16, {variant}" if kernel == "-" else f"{kernel}, by {granularity}"
-        bars.append((name, own["value"].median(), GREY if kernel == "-" else KERNELS[kernel]))
+        name = {"bf16": f"BF16, {variant}", "dfloat11": f"{kernel}, by {granularity}", "tiled": LABELS["tiled"]}[codec]
+        bars.append((name, own["value"].median(), GREY if codec == "bf16" else PURPLE if codec == "tiled" else KERNELS[kernel]))
     alone = rows[rows["metric"] == "decompression_ms_per_step"].groupby("kernel", sort=False)["value"].median()
     bars += [(f"{kernel}, decompression alone", value, VERMILLION) for kernel, value in alone.items()]
     names, values, colours = zip(*bars, strict=True)

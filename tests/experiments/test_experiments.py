@@ -147,7 +147,8 @@ def test_losslessness(rows: Callable[..., pd.DataFrame]) -> None:
         sizes = ["model.geometry.head_dim=16"] if overrides else []
         table = rows("experiment=losslessness", *overrides, *small, *heads, *sizes)
         different = table[table["metric"].str.endswith("mismatches")]
-        assert len(different) == 1 + 3 * 2 * 4 and (different["value"] == 0).all()
+        assert len(different) == 1 + 3 * 2 * 4 + 1 + 2 * 4 and set(different["mode"]) == {"exact", "fused"}
+        assert (different[different["mode"] == "exact"]["value"] == 0).all()
         assert (table[table["metric"] == "compared"]["value"] > 0).all()
 
 

@@ -67,7 +67,8 @@ def test_same_gpu(rows: Callable[..., pd.DataFrame], tmp_path: Path) -> None:
     measured = set(ids[["codec", "variant", "granularity", "batch_size"]].itertuples(index=False, name=None))
     bf16 = {("bf16", variant, "-", size) for variant in ("plain", "merged") for size in ("1", "3")}
     df11 = {("dfloat11", "-", granularity, "1") for granularity in ("layer", "block", "block, prefetched")}
-    assert measured == bf16 | df11 | {("dfloat11", "-", "block", "3")}
+    tiled = {("tiled", "-", "-", size) for size in ("1", "3")}
+    assert measured == bf16 | df11 | {("dfloat11", "-", "block", "3")} | tiled
     decode = table[(table["phase"] == "decode") & (table["batch_size"] == "3")]
     speed = decode[decode["repeat"] == "1"].pivot_table(index=["codec", "variant"], columns="metric", values="value")
     assert list(speed["tokens_per_s"]) == pytest.approx(list(3000 / speed["ms_per_step"]))
@@ -111,6 +112,7 @@ def test_what_cannot_be_compiled_leaves_the_other_points(
 
     monkeypatch.setattr(torch, "compile", lambda forward, **options: refuse)
     settings = ["experiment=same_gpu", "device=cpu", "bench.kernels=[]", "bench.variants=[plain,compiled]", "bench.batch_size=1"]
+    settings += ["bench.modes=[exact]"]
     cfg = runner.typed(config(*settings, *SMALL), Config)
     assert [point.key for point in same_gpu.run(cfg, {})] == ["bf16, plain, -, -, eager, 1"]
     assert "not this one" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""mode=fused: products that read compressed weights and never write them to memory.
+
+`fuse_` turns the linear layers and embeddings of a model, compressed or not, into the tiled layout where they are. For one row of
+activations a product is one kernel; for more the layer decompresses its weights and calls the same product as ever. The weights
+keep every bit; sums are made in another order than cuBLAS's, so logits may differ in their last bits from those of mode=exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from df11.modules import compressed_parameters
+from df11.runtime import CompressedModelError
+from df11.tiled_ops import ARRAYS, TiledWeight
+
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one input, in the order in which they are called
+
+
+class Stored(nn.Module):
+    """A matrix's arrays as buffers, which move with the module."""
+
+    def __init__(self, weight: TiledWeight) -> None:
+        super().__init__()
+        self.shape, self.uppers = weight.shape, weight.uppers
+        for name in ARRAYS:
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+
+    def get(self) -> TiledWeight:
+        return TiledWeight(self.shape, **{name: self.get_buffer(name) for name in ARRAYS}, uppers=self.uppers)
+
+
+class FusedLinear(nn.Module):
+    """A linear layer, or the first of several with the same input, which it computes as one product."""
+
+    def __init__(self, stored: Stored, bias: torch.Tensor | None, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.stored = stored
+        self.bias: torch.Tensor | None
+        self.register_buffer("bias", bias, persistent=False)
+        self.sizes = list(sizes)
+        self.in_features, self.out_features = stored.shape[1], self.sizes[0]
+        self.kept: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # the input, and the others' outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
+        if x.dtype != torch.bfloat16:
+            raise CompressedModelError(f"the compressed weights are bf16, the input is {x.dtype}: keep the model in torch.bfloat16")
+        weight = self.stored.get()
+        if x.numel() == self.in_features:
+            y = weight.linear(x, self.bias)
+        else:
+            y = nn.functional.linear(x, weight.decompress(), self.bias)
+        if len(self.sizes) == 1:
+            return y
+        parts: list[torch.Tensor] = list(y.split(self.sizes, -1))  # type: ignore[no-untyped-call]
+        self.kept = x, parts[1:]
+        return parts[0]
+
+
+class FollowingLinear(nn.Module):
+    """A linear layer that a FusedLinear before it has computed."""
+
+    def __init__(self, leader: FusedLinear, index: int) -> None:
+        super().__init__()
+        self._leader = (leader,)  # in a tuple it is no child: its weights are its own
+        self.index = index
+        self.in_features, self.out_features = leader.in_features, leader.sizes[index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self.leader.kept
+        if kept is None or kept[0] is not x:
+            raise CompressedModelError("merged layers had other inputs, or were called in another order: fuse_(model, merge=False)")
+        if self.index == len(self.leader.sizes) - 1:
+            self.leader.kept = None
+        return kept[1][self.index - 1]
+
+    @property
+    def leader(self) -> FusedLinear:
+        return self._leader[0]
+
+
+def fuse_(model: nn.Module, merge: bool = True) -> int:
+    """Turn a model's linear layers and embeddings into the tiled layout, in place, where they are. Returns how many.
+
+    merge: compute q, k and v, and gate and up, by one product where a module has all of them. What has another class, or would
+    not get smaller, stays as it is; call `attach` afterwards for what is compressed in the published layout.
+    """
+    stored: dict[int, Stored] = {}  # by the parameter: tied ones are stored once
+    count = 0
+    for parent in list(model.modules()):
+        for names in MERGED if merge else ():
+            found = [getattr(parent, name, None) for name in names]
+            layers = [layer for layer in found if _is_linear(layer)]
+            alike = {(layer.in_features, layer.bias is None) for layer in layers}
+            if len(layers) != len(names) or len(alike) != 1:
+                continue
+            weights = torch.cat([_dense(layer) for layer in layers])
+            if (weight := TiledWeight.encode(weights)) is None:
+                continue
+            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+            bias = torch.cat(biases) if biases else None
+            leader = FusedLinear(Stored(weight), bias, [layer.out_features for layer in layers])
+            setattr(parent, names[0], leader.eval())
+            for index, name in enumerate(names[1:], 1):
+                setattr(parent, name, FollowingLinear(leader, index).eval())
+            count += len(layers)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not _is_linear(layer) and not isinstance(layer, nn.Embedding):
+                continue
+            key = id(compressed_parameters(layer).get("weight") or layer._parameters.get("weight"))
+            if key not in stored:
+                if not _is_bf16(layer) or (weight := TiledWeight.encode(_dense(layer))) is None:
+                    continue
+                stored[key] = Stored(weight)
+            if isinstance(layer, nn.Embedding):
+                _fuse_embedding(layer, stored[key])
+            else:
+                bias = None if layer.bias is None else layer.bias.detach()
+                setattr(parent, name, FusedLinear(stored[key], bias, [layer.out_features]).eval())
+            count += 1
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the kernels begin before what comes before them has ended: the arrays must be there
+    return count
+
+
+def weights_of(layer: nn.Module) -> torch.Tensor | None:
+    """The weights of a fused layer or embedding, decompressed, bf16; None of another module."""
+    if isinstance(layer, FollowingLinear):
+        start = sum(layer.leader.sizes[: layer.index])
+        return layer.leader.stored.get().decompress()[start : start + layer.out_features]
+    if isinstance(layer, FusedLinear):
+        return layer.stored.get().decompress()[: layer.out_features]
+    stored = layer._modules.get("stored")
+    return stored.get().decompress() if isinstance(stored, Stored) else None
+
+
+def is_fused(model: nn.Module) -> bool:
+    return any(isinstance(module, Stored) for module in model.modules())
+
+
+def _is_linear(layer: object) -> TypeGuard[nn.Linear]:
+    """Only the class itself: others have forwards of their own."""
+    return type(layer) is nn.Linear and _is_bf16(layer)
+
+
+def _is_bf16(layer: nn.Module) -> bool:
+    parameter = layer._parameters.get("weight")
+    return "weight" in compressed_parameters(layer) or (parameter is not None and parameter.dtype == torch.bfloat16)
+
+
+def _dense(layer: nn.Module) -> torch.Tensor:
+    """The weights of a layer, decompressed."""
+    if compressed := compressed_parameters(layer).get("weight"):
+        unit = compressed.unit()
+        out = torch.empty(unit.numel, dtype=torch.bfloat16, device=unit.device)
+        return unit.decompress(out).view(compressed.shape)
+    return layer.get_parameter("weight").detach()
+
+
+def _fuse_embedding(layer: nn.Embedding, stored: Stored) -> None:
+    """The class and its forward stay, so a scaled embedding stays one: for a call it gets the rows that it needs as its weights."""
+    if compressed := layer.__dict__.get("_df11", {}).pop("weight", None):
+        for part in compressed.arrays if compressed.module is layer else ():
+            layer._buffers.pop(compressed.array_name(part), None)
+    layer._parameters.pop("weight", None)
+    layer.add_module("stored", stored)
+    layer.padding_idx = None  # matters for gradients only, and has no place among the rows of a call
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids, *others = arguments
+        weight = stored.get()
+        if ids.numel() * 16 >= weight.shape[0]:  # a tile has sixteen rows
+            module.__dict__["weight"] = weight.decompress()
+            return arguments
+        module.__dict__["weight"] = weight.rows(ids.reshape(-1))
+        return (torch.arange(ids.numel(), device=ids.device).view(ids.shape), *others)
+
+    def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        module.__dict__.pop("weight", None)
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(leave, always_call=True)

@@ -1,0 +1,179 @@
+"""The kernels of kernels/tiled.cu on a GPU: product, decompression and single rows of a matrix in the tiled layout.
+
+Arguments as the operators of df11/tiled_ops.py take them. The weights' arrays are trusted to fit each other (`Tiled.check`), and
+must not be written by the kernel before on the same stream: these kernels begin while that one ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import torch
+
+from df11 import driver, gpu
+
+MATRIX = struct.Struct("PPPPPPQiii4x")  # tiled::Matrix
+LANES, TILE_ROWS = 32, 16
+MOST_WARPS = 32
+FEW_WARPS = 16  # fewer do not keep memory busy
+RULES = {  # dtype, dimensions and alignment
+    "low": (torch.uint8, 4, 16),
+    "sign": (torch.int32, 3, 4),
+    "stream": (torch.uint8, 2, 16),
+    "tiles": (torch.int32, 2, 8),
+    "patches": (torch.int32, 1, 4),
+    "table": (torch.int32, 1, 16),
+}
+
+
+class _Kernels:
+    """The functions of kernels/tiled.cu on one device."""
+
+    def __init__(self, index: int) -> None:
+        self.device = gpu.device(index)
+        properties = torch.cuda.get_device_properties(index)
+        self.most_shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        with self.device.current():
+            module = driver.Module(gpu.build("tiled", self.device.arch))
+            names = ("tiled_product", "tiled_decompress", "tiled_rows")
+            self.functions = {name: module.function(name, self.most_shared) for name in names}
+            self.fixed_shared = module.constant("tiled_shared")
+
+    def launch(self, name: str, blocks: int, warps: int, fragments: int, more_shared: int, *arguments: int | bytes) -> None:
+        shared = self.fixed_shared + warps * code_bytes(fragments) + more_shared
+        stream = torch.cuda.current_stream(self.device.index).cuda_stream
+        with self.device.current():
+            driver.launch(self.functions[name], blocks, LANES * warps, shared, stream, arguments, overlap=True)
+
+
+@functools.cache
+def _kernels(index: int) -> _Kernels:
+    return _Kernels(index)
+
+
+def code_bytes(fragments: int) -> int:
+    """Shared memory of a warp: rows of 128 bytes for 2 F codes of 12 bits, and one that is read and not used."""
+    return 128 * (-(-24 * fragments // 32) + 1)
+
+
+def choose_warps(tiles: int, most: int) -> int:
+    """Warps of a thread block with so many tiles: the fewest idle in the last round; of equally good numbers the largest."""
+    return max(range(min(FEW_WARPS, most), most + 1), key=lambda w: (tiles / (-(-tiles // w) * w), w))
+
+
+@functools.cache
+def plan(rows: int, columns: int, fragments: int, processors: int, room: int) -> tuple[int, int]:
+    """Thread blocks and warps of a product. room: bytes of shared memory for codes and x. ValueError where x does not fit."""
+    across, down = -(-columns // (16 * fragments)), -(-rows // TILE_ROWS)
+    blocks = min(processors, down)
+    most = min(MOST_WARPS, (room - 32 * fragments * across) // code_bytes(fragments))
+    if most < 1:
+        raise ValueError(f"{columns} columns: x does not fit into the GPU's shared memory; use mode=exact")
+    return blocks, choose_warps(-(-down // blocks) * across, most)
+
+
+def _pack(
+    index: int,
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    rows: int,
+    columns: int,
+) -> tuple[bytes, int]:
+    """tiled::Matrix, and the number of fragments. Raises ValueError where dtypes, places or sizes do not fit."""
+    given = {"low": low, "sign": sign, "stream": stream, "tiles": tiles, "patches": patches, "table": table}
+    for name, tensor in given.items():
+        dtype, dimensions, alignment = RULES[name]
+        if tensor.dtype != dtype or tensor.dim() != dimensions or tensor.get_device() != index or not tensor.is_contiguous():
+            have = f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name}: {have}, needed contiguous {dtype} with {dimensions} dimensions on cuda:{index}")
+        if tensor.data_ptr() % alignment:
+            raise ValueError(f"{name} must start at a multiple of {alignment} bytes")
+    fragments = 2 * low.shape[1]
+    count = -(-rows // TILE_ROWS) * -(-columns // (16 * fragments)) if fragments else -1
+    if low.shape[0] != count or tiles.shape != (count + 1, 2) or sign.shape != (count, fragments // 4, LANES):
+        raise ValueError(f"the arrays are not those of a matrix of {rows} x {columns}")
+    addresses = [tensor.data_ptr() for tensor in given.values()]
+    return MATRIX.pack(*addresses, uppers, rows, columns, fragments), fragments
+
+
+def linear(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    rows: int,
+    columns: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """W x + bias of one bf16 vector, summed in float32: the same bits in every run."""
+    if x.dtype != torch.bfloat16 or x.numel() != columns or x.shape[-1] != columns:
+        raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 of {columns} elements")
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,) or bias.device != x.device):
+        raise ValueError(f"bias: {bias.dtype}{list(bias.shape)} on {bias.device}, needed torch.bfloat16[{rows}] on {x.device}")
+    x = x.contiguous()
+    if x.data_ptr() % 8:
+        x = x.clone()
+    index = x.get_device()
+    matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, rows, columns)
+    kernels = _kernels(index)
+    blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.most_shared - kernels.fixed_shared)
+    y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
+    padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
+    bias_at = 0 if bias is None else bias.contiguous().data_ptr()
+    kernels.launch("tiled_product", blocks, warps, fragments, padded, matrix, x.data_ptr(), bias_at, y.data_ptr())
+    return y
+
+
+def decompress(
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    out: torch.Tensor,
+) -> None:
+    """All weights into `out`, bf16 [rows, columns]."""
+    if out.dtype != torch.bfloat16 or out.dim() != 2 or not out.is_contiguous() or out.data_ptr() % 8:
+        needed = "contiguous torch.bfloat16 [rows, columns] at a multiple of 8 bytes"
+        raise ValueError(f"out: {out.dtype}{list(out.shape)}, needed {needed}")
+    index = out.get_device()
+    matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, *out.shape)
+    kernels = _kernels(index)
+    kernels.launch("tiled_decompress", kernels.device.processors, MOST_WARPS, fragments, 0, matrix, out.data_ptr())
+
+
+def rows(
+    ids: torch.Tensor,
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    """W[ids], bf16 [..., columns]. ids: int64. An id outside of the matrix stops the kernel, as it does torch's."""
+    if ids.dtype != torch.int64:
+        raise ValueError(f"ids: dtype {ids.dtype}, needed torch.int64")
+    index = ids.get_device()
+    matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, rows, columns)
+    out = torch.empty(*ids.shape, columns, dtype=torch.bfloat16, device=ids.device)
+    if ids.numel():
+        ids = ids.contiguous()
+        across = -(-columns // (16 * fragments))
+        _kernels(index).launch("tiled_rows", ids.numel(), min(across, 16), fragments, 0, matrix, ids.data_ptr(), out.data_ptr())
+    return out

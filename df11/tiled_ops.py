@@ -1,0 +1,184 @@
+"""torch operators over one matrix in the tiled layout, and the matrix as tensors on one device.
+
+    torch.ops.df11.tiled_linear(x, low, sign, stream, tiles, patches, table, uppers, rows, columns, bias) -> y
+    torch.ops.df11.tiled_decompress(low, sign, stream, tiles, patches, table, uppers, out)
+    torch.ops.df11.tiled_rows(ids, low, sign, stream, tiles, patches, table, uppers, rows, columns) -> W[ids]
+
+The arrays are those of docs/format.md, uint32 as int32; `uppers` are the eight bytes as one integer, the first lowest. On a GPU by
+the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from df11 import tiled_gpu
+from df11.formats.tiled import Tiled, TiledCode, TiledMatrix, TiledUnit, make_code
+from df11.formats.tiled_encoder import encode, histogram
+
+ARRAYS = ("low", "sign", "stream", "tiles", "patches", "table")
+_MATRIX = "Tensor low, Tensor sign, Tensor stream, Tensor tiles, Tensor patches, Tensor table, int uppers"
+
+torch.library.define("df11::tiled_linear", f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None) -> Tensor")
+torch.library.define("df11::tiled_decompress", f"({_MATRIX}, Tensor(a!) out) -> ()")
+torch.library.define("df11::tiled_rows", f"(Tensor ids, {_MATRIX}, int rows, int columns) -> Tensor")
+torch.library.impl("df11::tiled_linear", "CUDA")(tiled_gpu.linear)
+torch.library.impl("df11::tiled_decompress", "CUDA")(tiled_gpu.decompress)
+torch.library.impl("df11::tiled_rows", "CUDA")(tiled_gpu.rows)
+
+
+@torch.library.register_fake("df11::tiled_linear")
+def _linear_fake(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    rows: int,
+    columns: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.register_fake("df11::tiled_decompress")
+def _decompress_fake(*given: object) -> None:
+    return None
+
+
+@torch.library.register_fake("df11::tiled_rows")
+def _rows_fake(
+    ids: torch.Tensor,
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    return low.new_empty(*ids.shape, columns, dtype=torch.bfloat16)
+
+
+@torch.library.impl("df11::tiled_linear", "CPU")
+def _linear_cpu(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    rows: int,
+    columns: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    weights = TiledWeight((rows, columns), low, sign, stream, tiles, patches, table, uppers).to_unit()
+    (decoded,) = Tiled(threads=1).decode(weights)
+    y = torch.nn.functional.linear(x.float(), decoded.float(), None if bias is None else bias.float())
+    return y.to(torch.bfloat16)
+
+
+@torch.library.impl("df11::tiled_decompress", "CPU")
+def _decompress_cpu(
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    out: torch.Tensor,
+) -> None:
+    rows, columns = out.shape
+    unit = TiledWeight((rows, columns), low, sign, stream, tiles, patches, table, uppers).to_unit()
+    out.copy_(Tiled(threads=1).decode(unit)[0])
+
+
+@torch.library.impl("df11::tiled_rows", "CPU")
+def _rows_cpu(
+    ids: torch.Tensor,
+    low: torch.Tensor,
+    sign: torch.Tensor,
+    stream: torch.Tensor,
+    tiles: torch.Tensor,
+    patches: torch.Tensor,
+    table: torch.Tensor,
+    uppers: int,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    unit = TiledWeight((rows, columns), low, sign, stream, tiles, patches, table, uppers).to_unit()
+    return Tiled(threads=1).decode(unit)[0][ids]
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """A matrix [rows, columns] in the tiled layout as tensors on one device. Shapes: docs/format.md; int32 are bits of uint32."""
+
+    shape: tuple[int, int]
+    low: torch.Tensor
+    sign: torch.Tensor
+    stream: torch.Tensor
+    tiles: torch.Tensor
+    patches: torch.Tensor
+    table: torch.Tensor
+    uppers: int
+
+    @classmethod
+    def encode(cls, weights: torch.Tensor) -> TiledWeight | None:
+        """Compress a bf16 matrix where it is, with a code of its own. None where it would not get smaller, the table included."""
+        code = make_code(histogram(weights))
+        arrays = encode(weights, code)
+        if arrays is None:
+            return None
+        table = torch.from_numpy(code.table.view(np.int32)).to(weights.device)
+        rows, columns = weights.shape
+        weight = cls((rows, columns), **arrays, table=table, uppers=int(code.uppers.view(np.int64)[0]))
+        return weight if weight.nbytes < weights.nbytes else None
+
+    @property
+    def arrays(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in ARRAYS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, the table included; the eight bytes of `uppers` go with each launch."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """W x + bias of a single vector, bf16 [..., columns], without W in memory. Sums are in float32 in an order of their own."""
+        y: torch.Tensor = torch.ops.df11.tiled_linear(x, *self.arrays, self.uppers, *self.shape, bias)
+        return y
+
+    def decompress(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights, bf16 [rows, columns], into `out` where given."""
+        if out is None:
+            out = torch.empty(self.shape, dtype=torch.bfloat16, device=self.low.device)
+        torch.ops.df11.tiled_decompress(*self.arrays, self.uppers, out)
+        return out
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """W[ids], bf16 [..., columns]. ids: int64 on the device."""
+        found: torch.Tensor = torch.ops.df11.tiled_rows(ids, *self.arrays, self.uppers, *self.shape)
+        return found
+
+    def to_unit(self) -> TiledUnit:
+        """The matrix in host memory."""
+
+        def host(array: torch.Tensor) -> np.ndarray:
+            found: np.ndarray = array.cpu().numpy()
+            return found.view(np.uint32) if array.dtype == torch.int32 else found
+
+        code = TiledCode(host(self.table), np.array([self.uppers], np.int64).view(np.uint8))
+        arrays = {name: host(getattr(self, name)) for name in ARRAYS if name != "table"}
+        return TiledUnit(code, (TiledMatrix(self.shape, 2 * self.low.shape[1], **arrays),))

@@ -1,0 +1,68 @@
+"""Products of one linear layer: speedup over cuBLAS by shape at batch 1, and over batch sizes where several were measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.figures.style import BLUE, GREY, PURPLE, load, one
+
+MODES = {"fused": ("tiled, fused", PURPLE, "-"), "exact": ("tiled, decompressed, then cuBLAS", BLUE, "--")}
+
+
+def draw(results: Path) -> Figure:
+    rows = load(results, "linear").astype({"rows": int, "columns": int, "batch_size": int})
+    gpu = rows["gpu"].iloc[-1]  # the one measured last
+    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] == "tiled")]
+    key = ["rows", "columns", "batch_size"]
+    speedup = one(rows, metric="speedup_vs_cublas").set_index(["mode", *key])["value"].sort_index()
+    bits = one(rows, metric="bits_per_weight").set_index(key)["value"]
+    shapes = sorted({(r, c) for r, c, _ in bits.index}, key=math.prod)
+    several = rows["batch_size"].nunique() > 1
+    height = max(3.0, 1.3 + 0.32 * len(shapes))
+    figure, axes = plt.subplots(1, 1 + several, figsize=(5.2 + 4.0 * several, height), squeeze=False)
+    bars(axes[0, 0], speedup, bits, shapes)
+    axes[0, 0].set_title("Batch 1, numbers: bits a weight", fontsize=8)
+    if several:
+        curves(axes[0, 1], speedup, shapes)
+    where = gpu if gpu != "-" else "CPU"
+    figure.suptitle(f"Linear layers with compressed weights, {where}, synthetic weights", fontsize=9, x=0, ha="left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7)
+    return figure
+
+
+def bars(axis: Axes, speedup: pd.Series, bits: pd.Series, shapes: list[tuple[int, int]]) -> None:
+    """The smallest matrix first."""
+    for line, (mode, (label, colour, _)) in enumerate(MODES.items()):
+        values = [speedup.get((mode, *shape, 1), 0.0) for shape in shapes]
+        axis.barh([y + 0.38 * line for y in range(len(shapes))], values, height=0.36, color=colour, label=label)
+    for y, shape in enumerate(shapes):
+        longest = max(speedup.get((mode, *shape, 1), 0.0) for mode in MODES)
+        if longest:
+            axis.text(max(longest, 1.0), y, f" {bits[(*shape, 1)]:.2f}", va="center", fontsize=6)
+    axis.axvline(1.0, color=GREY, linewidth=1)
+    axis.set_yticks([y + 0.19 for y in range(len(shapes))], [f"{r} x {c}" for r, c in shapes])
+    axis.tick_params(axis="y", length=0, labelsize=7)
+    axis.invert_yaxis()
+    axis.margins(x=0.12, y=0.02)
+    axis.set_xlabel("speed, cuBLAS = 1")
+
+
+def curves(axis: Axes, speedup: pd.Series, shapes: list[tuple[int, int]]) -> None:
+    colours = plt.get_cmap("viridis")([i / max(len(shapes) - 1, 1) for i in range(len(shapes))])
+    for mode, (_, _, line) in MODES.items():
+        for shape, colour in zip(shapes, colours, strict=True):
+            if (mode, *shape) in speedup.index.droplevel("batch_size"):
+                curve = speedup[(mode, *shape)]
+                label = f"{shape[0]} x {shape[1]}" if mode == "exact" else None
+                axis.plot(curve.index, curve, line, color=colour, marker=".", linewidth=1, label=label)
+    axis.axhline(1.0, color=GREY, linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="batch size", ylabel="speed, cuBLAS = 1")
+    axis.set_title("By batch size: fused solid, decompressed dashed", fontsize=8)
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -1,0 +1,138 @@
+"""mode=fused on the CPU: what becomes of a model, and that it computes what it did."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from df11 import checkpoint, cli, hf, modules
+from df11.fused import FollowingLinear, FusedLinear, fuse_, is_fused, weights_of
+from df11.runtime import CompressedModelError, attach
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1000,
+    "pad_token_id": 999,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES = {"llama": {}, "llama tied": {"tie_word_embeddings": True}, "qwen2": {}, "qwen3": {}, "gemma3_text": {}}
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+def build(directory: Path, name: str = "llama") -> Path:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name.split()[0], **SIZES, **ARCHITECTURES[name])
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.inference_mode()
+def test_architectures(tmp_path: Path, name: str) -> None:
+    directory = build(tmp_path / "original", name)
+    original = hf.load(directory, "cpu")
+    checkpoint.compress(directory, tmp_path / "compressed", loadable=hf.parameter_names)
+    model = hf.load(tmp_path / "compressed", "cpu", mode="fused")
+    linear = {prefix for prefix, m in original.named_modules() if type(m) is nn.Linear and m.out_features > 4}
+    fused = {prefix for prefix, m in model.named_modules() if isinstance(m, FusedLinear | FollowingLinear)}
+    assert fused == linear
+    assert not modules.is_compressed(model)
+    for prefix, module in original.named_modules():
+        if prefix in linear or isinstance(module, nn.Embedding):
+            weights = weights_of(model.get_submodule(prefix))
+            assert weights is not None and same(weights, module.weight)
+    for ids in (IDS, IDS[:1, :1]):  # by decompression, and one row
+        assert same(model.get_input_embeddings()(ids), original.get_input_embeddings()(ids))
+        logits, expected = model(ids).logits.float(), original(ids).logits.float()
+        assert (logits - expected).norm() < 0.02 * expected.norm()
+        assert same(model(ids).logits, model(ids).logits)
+    generated = model.generate(IDS, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(IDS))
+    assert generated.shape == (2, 24)
+
+
+@torch.inference_mode()
+def test_experts_stay_in_the_published_layout() -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("mixtral", **SIZES, num_local_experts=4, num_experts_per_tok=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    expected = model(IDS).logits.float()
+    modules.compress_(model)
+    fuse_(model)
+    attach(model)
+    assert is_fused(model) and modules.is_compressed(model)
+    assert (model(IDS).logits.float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    model = hf.load(build(tmp_path / "original", "llama tied"), "cpu")
+    fuse_(model)
+    assert model.lm_head.stored is model.model.embed_tokens.stored
+    assert modules.stored_bytes(model)["host"] < 0.8 * sum(p.nbytes for p in hf.load(tmp_path / "original", "cpu").parameters())
+
+
+def test_mode_of_a_checkpoint(tmp_path: Path) -> None:
+    directory = build(tmp_path / "original")
+    assert cli.main(["compress", str(directory), str(tmp_path / "compressed"), "--mode", "fused"]) == 0
+    checkpoint.verify(tmp_path / "compressed", directory)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
+    assert is_fused(model)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "again")
+    checkpoint.restore(tmp_path / "compressed", tmp_path / "restored")
+    assert (tmp_path / "restored" / "config.json").read_bytes() == (directory / "config.json").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=hf.DF11Config(mode="fused"))
+    assert is_fused(model)
+    with pytest.raises(ValueError, match="quick"):
+        hf.DF11Config(mode="quick")
+    with pytest.raises(ValueError, match="quick"):
+        checkpoint.compress(directory, tmp_path / "other", mode="quick")
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(256, 300), nn.Linear(256, 200)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gate_proj(x), self.up_proj(x if other is None else other)
+
+
+@torch.inference_mode()
+def test_merged_layers_with_biases_and_misuse() -> None:
+    torch.manual_seed(0)
+    pair = Pair().bfloat16().eval()
+    x = torch.randn(1, 1, 256).bfloat16()
+    expected = pair(x)
+    apart = Pair().bfloat16().eval()
+    apart.load_state_dict(pair.state_dict())
+    assert fuse_(pair) == fuse_(apart, merge=False) == 2
+    assert isinstance(pair.up_proj, FollowingLinear) and isinstance(apart.up_proj, FusedLinear)
+    for got, wanted in zip((*pair(x), *apart(x)), expected * 2, strict=True):
+        assert (got.float() - wanted.float()).abs().max() < 0.02
+    with pytest.raises(CompressedModelError, match="merge"):
+        pair(x, x.clone())
+    apart(x, x.clone())
+    with pytest.raises(CompressedModelError, match="float32"):
+        pair(x.float())
+    with pytest.raises(CompressedModelError, match="inference"):
+        pair.train()(x)
+
+
+def test_what_would_not_get_smaller_stays() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(256, 256).bfloat16(), nn.Embedding(5, 4).bfloat16())
+    assert fuse_(model) == 1
+    assert [type(m) for m in model] == [nn.Linear, FusedLinear, nn.Embedding]
+    assert weights_of(model[0]) is weights_of(model[2]) is None
