@@ -113,7 +113,7 @@ def linear(
     uppers: int,
     rows: int,
     columns: int,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W x + bias of one bf16 vector, summed in float32: the same bits in every run."""
     if x.dtype != torch.bfloat16 or x.numel() != columns or x.shape[-1] != columns:
