@@ -12,8 +12,8 @@ from df11.tiled_ops import ARRAYS, TiledWeight
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu.is_available(), reason="needs a GPU, pycuda and nvcc")]
 
 SHAPES = [
-    (16, 128),
-    (60, 300),
+    (400, 128),
+    (700, 300),
     (100, 2304),
     (333, 576),
     (4096, 576),
