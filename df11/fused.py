@@ -1,8 +1,9 @@
 """mode=fused: products that read compressed weights and never write them to memory.
 
-`fuse_` turns the linear layers and embeddings of a model, compressed or not, into the tiled layout where they are. For one row of
-activations a product is one kernel; for more the layer decompresses its weights and calls the same product as ever. The weights
-keep every bit; sums are made in another order than cuBLAS's, so logits may differ in their last bits from those of mode=exact.
+`fuse_` turns the linear layers and embeddings of a model, compressed or not, into the tiled layout where they are. For few rows of
+activations a product is one kernel; for more the layer decompresses its weights and calls the same product as ever, whichever was
+measured to be faster (df11/dispatch.py). The weights keep every bit; sums are made in another order than cuBLAS's, so logits may
+differ in their last bits from those of mode=exact.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from df11 import dispatch
 from df11.modules import compressed_parameters
 from df11.runtime import CompressedModelError
 from df11.tiled_ops import ARRAYS, TiledWeight
@@ -50,11 +52,7 @@ class FusedLinear(nn.Module):
             raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
         if x.dtype != torch.bfloat16:
             raise CompressedModelError(f"the compressed weights are bf16, the input is {x.dtype}: keep the model in torch.bfloat16")
-        weight = self.stored.get()
-        if x.numel() == self.in_features:
-            y = weight.linear(x, self.bias)
-        else:
-            y = nn.functional.linear(x, weight.decompress(), self.bias)
+        y = dispatch.linear(self.stored.get(), x, self.bias)
         if len(self.sizes) == 1:
             return y
         parts: list[torch.Tensor] = list(y.split(self.sizes, -1))  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,9 @@ MATRIX = struct.Struct("PPPPPPQiii4x")  # tiled::Matrix
 LANES, TILE_ROWS = 32, 16
 MOST_WARPS = 32
 FEW_WARPS = 16  # fewer do not keep memory busy
+PRODUCTS = {8: 28, 16: 24, 32: 20, 64: 16}  # tiled_products_...: most rows of x, and the warps that its registers allow
+MOST_ROWS = max(PRODUCTS)
+SPREAD = struct.Struct("iii")  # tiled::Spread
 RULES = {  # dtype, dimensions and alignment
     "low": (torch.uint8, 4, 16),
     "sign": (torch.int32, 3, 4),
@@ -36,7 +40,7 @@ class _Kernels:
         self.most_shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
         with self.device.current():
             module = driver.Module(gpu.build("tiled", self.device.arch))
-            names = ("tiled_product", "tiled_decompress", "tiled_rows")
+            names = ("tiled_product", *(f"tiled_products_{rows}" for rows in PRODUCTS), "tiled_decompress", "tiled_rows")
             self.functions = {name: module.function(name, self.most_shared) for name in names}
             self.fixed_shared = module.constant("tiled_shared")
 
@@ -71,6 +75,54 @@ def plan(rows: int, columns: int, fragments: int, processors: int, room: int) ->
     if most < 1:
         raise ValueError(f"{columns} columns: x does not fit into the GPU's shared memory; use mode=exact")
     return blocks, choose_warps(-(-down // blocks) * across, most)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product of several rows of x is launched. groups, slice: tiled::Spread."""
+
+    kernel_rows: int
+    blocks: int
+    warps: int
+    groups: int
+    slice: int
+    shared: int
+
+
+@functools.cache
+def plan_rows(rows: int, columns: int, fragments: int, batch: int, processors: int, room: int) -> Plan:
+    """The least estimated time of all ways to spread a product. Raises ValueError where there is none.
+
+    In units of a tile's share of memory traffic: warps do a tile each at a time, at least FEW_WARPS of them for full speed, and to
+    bring x to shared memory takes as long as some tiles.
+    """
+    across, down = -(-columns // (16 * fragments)), -(-rows // TILE_ROWS)
+    blocks = min(processors, down)
+    tall = -(-down // blocks)  # rows of tiles of a thread block
+    kernel_rows = min(size for size in PRODUCTS if size >= batch)
+    x_tile, one_row = 32 * fragments * kernel_rows, 32 * fragments * across  # bytes of x in shared memory, for any row of it
+    best: tuple[float, int, Plan] | None = None
+    for warps in range(8, PRODUCTS[kernel_rows] + 1):
+        space = room - warps * code_bytes(fragments)
+        fitting = min(across, space // x_tile)
+        if fitting < 1 or one_row > space:
+            continue
+        phases = -(-across // fitting)
+        size = -(-across // phases)
+        for groups in range(1, min(warps, size) + 1):
+            parts = 64 * kernel_rows * warps if groups > 1 else 0
+            if parts > space:
+                continue
+            rounds = -(-tall // (warps // groups))
+            steps = rounds * ((phases - 1) * -(-size // groups) + -(-(across - (phases - 1) * size) // groups))
+            stagings = rounds * phases if groups > 1 or phases > 1 else 1
+            cost = steps * max(warps, FEW_WARPS) + stagings * (1.5 + 3 * size * x_tile / (1 << 17))
+            found = Plan(kernel_rows, blocks, warps, groups, size, max(size * x_tile, parts, one_row))
+            if best is None or (cost, -warps) < best[:2]:
+                best = cost, -warps, found
+    if best is None:
+        raise ValueError(f"{columns} columns: x does not fit into the GPU's shared memory; use mode=exact")
+    return best[2]
 
 
 def _pack(
@@ -115,9 +167,15 @@ def linear(
     columns: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W x + bias of one bf16 vector, summed in float32: the same bits in every run."""
-    if x.dtype != torch.bfloat16 or x.numel() != columns or x.shape[-1] != columns:
-        raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 of {columns} elements")
+    """x W^T + bias of 1 to MOST_ROWS rows of bf16 x, summed in float32: the same bits in every run.
+
+    More than one row need columns in fours.
+    """
+    batch = x.numel() // columns
+    if x.dtype != torch.bfloat16 or x.shape[-1:] != (columns,) or not 1 <= batch <= MOST_ROWS:
+        raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 [..., {columns}] of 1 to {MOST_ROWS} rows")
+    if batch > 1 and columns % 4:
+        raise ValueError(f"x: {batch} rows of {columns} columns: only single rows may have columns that are not in fours")
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,) or bias.device != x.device):
         raise ValueError(f"bias: {bias.dtype}{list(bias.shape)} on {bias.device}, needed torch.bfloat16[{rows}] on {x.device}")
     x = x.contiguous()
@@ -126,11 +184,18 @@ def linear(
     index = x.get_device()
     matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, rows, columns)
     kernels = _kernels(index)
-    blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.most_shared - kernels.fixed_shared)
+    room = kernels.most_shared - kernels.fixed_shared
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
-    padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
-    bias_at = 0 if bias is None else bias.contiguous().data_ptr()
-    kernels.launch("tiled_product", blocks, warps, fragments, padded, matrix, x.data_ptr(), bias_at, y.data_ptr())
+    arguments = (matrix, x.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), y.data_ptr())
+    if batch == 1:
+        blocks, warps = plan(rows, columns, fragments, kernels.device.processors, room)
+        padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
+        kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
+    else:
+        how = plan_rows(rows, columns, fragments, batch, kernels.device.processors, room)
+        spread = SPREAD.pack(batch, how.groups, how.slice)
+        name = f"tiled_products_{how.kernel_rows}"
+        kernels.launch(name, how.blocks, how.warps, fragments, how.shared, *arguments, spread)
     return y
 
 

@@ -19,6 +19,7 @@ from df11 import tiled_gpu
 from df11.formats.tiled import Tiled, TiledCode, TiledMatrix, TiledUnit, make_code
 from df11.formats.tiled_encoder import encode, histogram
 
+MOST_ROWS = tiled_gpu.MOST_ROWS  # of x
 ARRAYS = ("low", "sign", "stream", "tiles", "patches", "table")
 _MATRIX = "Tensor low, Tensor sign, Tensor stream, Tensor tiles, Tensor patches, Tensor table, int uppers"
 
@@ -156,7 +157,7 @@ class TiledWeight:
         return sum(array.nbytes for array in self.arrays)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """W x + bias of a single vector, bf16 [..., columns], without W in memory. Sums are in float32 in an order of their own."""
+        """x W^T + bias of up to MOST_ROWS rows, bf16 [..., columns], W never in memory; sums in float32, in an order of its own."""
         y: torch.Tensor = torch.ops.df11.tiled_linear(x, *self.arrays, self.uppers, *self.shape, bias)
         return y
 

@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 from torch.nn.functional import linear
 
-from df11.tiled_ops import ARRAYS, TiledWeight
+from df11 import dispatch
+from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
 from experiments import budget
 from experiments.config import Config
 from experiments.harness import timing
@@ -28,7 +29,7 @@ from experiments.harness.api import Need, Point
 AXES = ("rows", "columns", "batch_size")
 STD = 0.02
 LIBRARIES = ("cublas", "cublaslt")
-DRAWS = 16  # of x, for the error
+DRAWS = 16  # of rows of x, for the error
 MOST_ERROR = 1.05  # of cuBLAS's; more is said
 LEAST_LAUNCHES = 24  # in a graph
 ENCODER_BYTES = 2 << 30  # beside input and result
@@ -38,6 +39,7 @@ SHOWN = {  # column of the table: metric, codec, mode
     "us_cublas": ("us", "bf16", "-"),
     "us_fused": ("us", "tiled", "fused"),
     "us_exact": ("us", "tiled", "exact"),
+    "us_dispatch": ("us", "tiled", "dispatch"),
     "speedup": ("speedup_vs_cublas", "tiled", "fused"),
     "error_vs_cublas": ("rms_error_vs_cublas", "tiled", "fused"),
     "bits_per_weight": ("bits_per_weight", "tiled", "-"),
@@ -84,8 +86,8 @@ def measure(cfg: Config, rows: int, columns: int, batch_size: int) -> Iterator[d
         yield {"codec": "tiled", "metric": "bits_per_weight", "value": bits, "unit": "bits"}
         if not same(tiled.decompress(out), weights):
             raise ValueError(f"the {rows} x {columns} weights do not come back bit for bit")
-        if batch_size == 1:
-            xs = torch.stack([normal(cfg, 1 + draw, 1, columns) for draw in range(DRAWS)])
+        if batch_size <= MOST_ROWS:
+            xs = torch.stack([normal(cfg, 1 + draw, batch_size, columns) for draw in range(-(-DRAWS // batch_size))])
             error = fused_error(tiled, weights, xs, baselines[0])
             if error > MOST_ERROR:
                 print(f"{rows} x {columns}: the RMS error of fused products is {error:.3f} of cuBLAS's", file=sys.stderr)
@@ -104,7 +106,9 @@ def measure(cfg: Config, rows: int, columns: int, batch_size: int) -> Iterator[d
         packed = [tiled, *(replace(tiled, **{name: getattr(tiled, name).clone() for name in ARRAYS}) for _ in range(count - 1))]
         works[alone] = lambda i: packed[i].decompress(dense[i])
         works["tiled", kernel, "exact"] = lambda i: linear(x, packed[i].decompress(out))
-        if batch_size == 1:
+        works["tiled", "dispatch", "fused"] = lambda i: dispatch.linear(packed[i], x)
+        dispatch.linear(tiled, x)  # measures where its table lacks the shape
+        if batch_size <= MOST_ROWS:
             works["tiled", kernel, "fused"] = lambda i: packed[i].linear(x)
         moved |= dict.fromkeys(works.keys() - moved.keys(), tiled.nbytes + vectors) | {alone: tiled.nbytes + weights.nbytes}
     seconds = timed(cfg, works, count)
@@ -168,7 +172,7 @@ def preferred(kernel: str) -> Iterator[None]:
 
 
 def fused_error(tiled: TiledWeight, weights: torch.Tensor, xs: torch.Tensor, library: str) -> float:
-    """RMS error of fused products of xs [draws, 1, columns], as a part of the library's. ValueError where two runs differ."""
+    """RMS error of fused products of xs [draws, batch, columns], as a part of the library's. ValueError where two runs differ."""
     fused, again = (torch.cat([tiled.linear(x) for x in xs]) for _ in range(2))
     if not same(fused, again):
         raise ValueError(f"two fused products of a {tiled.shape[0]} x {tiled.shape[1]} matrix differ")
@@ -177,7 +181,7 @@ def fused_error(tiled: TiledWeight, weights: torch.Tensor, xs: torch.Tensor, lib
     rows = max(1, CHUNK // weights.shape[1])
     squares = torch.zeros(2, dtype=torch.float64, device=weights.device)
     for part, product in zip(weights.split(rows), products.split(rows, -1), strict=True):
-        squares += (product.double() - xs[:, 0].double() @ part.double().T).square().sum((1, 2))
+        squares += (product.double() - xs.flatten(0, 1).double() @ part.double().T).square().sum((1, 2))
     return float((squares[0] / squares[1]).sqrt())
 
 
@@ -204,6 +208,7 @@ def walk(work: Callable[[int], object], count: int, rounds: int = 1) -> None:
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     """Medians, a line a shape and batch size; of cuBLAS and cuBLASLt the faster."""
     index, name = ["rows", "columns", "batch_size"], ["metric", "codec", "mode"]
+    rows = rows.assign(mode=rows["mode"].where(rows["kernel"] != "dispatch", "dispatch"))
     middle = rows[rows["kernel"] != "copy"].groupby([*index, *name, "kernel"], sort=False, as_index=False)["value"].median()
     wide = middle.pivot_table(index=index, columns=name, values="value", aggfunc="min", sort=False)
     return wide.reindex(columns=list(SHOWN.values())).set_axis(list(SHOWN), axis=1).reset_index()

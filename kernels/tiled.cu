@@ -312,6 +312,143 @@ __device__ __forceinline__ void product(const Matrix& m, const __nv_bfloat16* x,
   }
 }
 
+// How a product of several rows of x is spread over a thread block: `groups` warps share a row of tiles, `slice` tiles of x are in
+// shared memory at a time.
+struct Spread {
+  int32_t batch, groups, slice;
+};
+
+// Rows of x in shared memory: for each fragment and each eight rows what a lane takes of the other operand, four columns of row g.
+template <int kEights, class Each>
+__device__ __forceinline__ void each_four(const Matrix& m, int from, int tiles, Each each) {
+  constexpr int kRows = 8 * kEights, kParts = 4;
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes;
+  const int fours = 4 * m.fragments * tiles / kParts;
+  for (int part = warp; part < kRows * kParts; part += warps) {
+    const int row = part % kRows, start = part / kRows * fours;
+    for (int i = start + lane; i < start + fours; i += kLanes) {
+      const int column = from * 16 * m.fragments + 4 * i;
+      each(row, column, ((i >> 2) * kEights + row / 8) * kLanes + row % 8 * 4 + (i & 3));
+    }
+  }
+}
+
+// y = x W^T + bias for up to 8 kEights rows of x. A warp has one row of tiles at a time, or with others of its group a part of it; what
+// those have found is added in the order of the group.
+template <int kEights>
+__device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y,
+                                         const Spread& how) {
+  Shared& s = shared();
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
+  uint32_t(*const all_codes)[kLanes] = reinterpret_cast<uint32_t(*)[kLanes]>(&s + 1);
+  uint32_t(*const codes)[kLanes] = all_codes + warp * code_rows(m.fragments);
+  uint2* const xs = reinterpret_cast<uint2*>(all_codes + warps * code_rows(m.fragments));
+  float* const parts = reinterpret_cast<float*>(xs);  // [warps][16][8 kEights], when x is not needed
+  const int across = (m.columns + 16 * m.fragments - 1) / (16 * m.fragments), down = (m.rows + kTileRows - 1) / kTileRows;
+  const int top = int(int64_t(down) * blockIdx.x / gridDim.x), bottom = int(int64_t(down) * (blockIdx.x + 1) / gridDim.x);
+  const int abreast = warps / how.groups, member = warp / how.groups, group = warp % how.groups;
+  const auto put = [&](int row, int n, float sum) {
+    if (row < m.rows && n < how.batch)
+      y[int64_t(n) * m.rows + row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
+  };
+  load_table(m, s.table);
+  bool fine = true, staged = false;
+  for (int base = top; base < bottom; base += abreast) {
+    const int row_of_tiles = base + member;
+    const bool active = member < abreast && row_of_tiles < bottom;
+    float c[kEights][4] = {};
+    for (int from = 0; from < across; from += how.slice) {
+      const int width = min(how.slice, across - from);
+      const int first = width * group / how.groups, last = active ? width * (group + 1) / how.groups : first;
+      const int tile = active ? row_of_tiles * across + from : 0;
+      uint2 h0 = {}, h1 = {};
+      if (first < last) h0 = __ldg(m.tiles + tile + first), h1 = __ldg(m.tiles + tile + first + 1);
+      Reader reader(m, tile + first, tile + last, lane);
+      if (first < last) fetch(m, h0.x, h1.x - h0.x, codes, lane);
+      if (!staged || how.slice < across || how.groups > 1) {
+        if (staged) __syncthreads();  // nobody needs what is there
+        else wait_for_the_kernel_before();
+        each_four<kEights>(m, from, width, [&](int row, int column, int at) {
+          const int there = row < how.batch ? min(max(m.columns - column, 0), 4) : 0;
+          copy8(xs + at, there ? x + int64_t(row) * m.columns + column : x, 2 * there);
+        });
+        commit();
+        wait();
+        each_four<kEights>(m, from, width, [&](int, int, int at) { fine &= finite(xs[at].x) && finite(xs[at].y); });
+        __syncthreads();
+        staged = true;
+      }
+      for (int column = first; column < last; column++) {
+        const bool more = column + 1 < last;
+        uint2 h2 = h1;
+        if (more) h2 = __ldg(m.tiles + tile + column + 2);
+        uint32_t patch = 0;
+        if (h0.y + lane < h1.y && lane < 16) patch = __ldg(m.patches + h0.y + lane);
+        spread(h1.x - h0.x, codes, lane);
+        const uint2* const part = xs + column * m.fragments * kEights * kLanes;
+        decode(m, codes, s.table, lane, reader, [&](int f, int, const uint32_t(&a)[4], uint32_t, uint32_t) {
+#pragma unroll
+          for (int j = 0; j < kEights; j++) mma(c[j], a, part[(f * kEights + j) * kLanes + lane]);
+        });
+        __syncwarp();
+        if (more) fetch(m, h1.x, h2.x - h1.x, codes, lane);
+        for (uint32_t at = h0.y; at < h1.y; at += 16) {
+          if (at != h0.y) patch = at + lane < h1.y && lane < 16 ? __ldg(m.patches + at + lane) : 0;
+          uint32_t of[4], top_row[4], bottom_row[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            of[i] = __shfl_sync(~0u, patch, 4 * t + i);
+            top_row[i] = int(of[i] >> 28) == g ? of[i] : 0;
+            bottom_row[i] = int(of[i] >> 28) == g + 8 ? of[i] : 0;
+          }
+          const uint32_t a[4] = {permute(top_row[0], top_row[1], 0x5410), permute(bottom_row[0], bottom_row[1], 0x5410),
+                                 permute(top_row[2], top_row[3], 0x5410), permute(bottom_row[2], bottom_row[3], 0x5410)};
+#pragma unroll
+          for (int j = 0; j < kEights; j++) {
+            uint32_t b[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              const uint32_t k = of[i] >> 16 & 0xFFF;
+              b[i] = reinterpret_cast<const uint16_t*>(part + ((k >> 4) * kEights + j) * kLanes + 4 * g + (k >> 2 & 3))[k & 3];
+            }
+            mma(c[j], a, make_uint2(permute(b[0], b[1], 0x5410), permute(b[2], b[3], 0x5410)));
+          }
+        }
+        h0 = h1, h1 = h2;
+      }
+    }
+    if (how.groups == 1) {
+      if (active) {
+#pragma unroll
+        for (int j = 0; j < kEights; j++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) put(row_of_tiles * kTileRows + g + 8 * (i / 2), 8 * j + 2 * t + i % 2, c[j][i]);
+      }
+      continue;
+    }
+    __syncthreads();
+    constexpr int kColumns = 8 * kEights;
+#pragma unroll
+    for (int j = 0; j < kEights; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) parts[(warp * kTileRows + g + 8 * (i / 2)) * kColumns + 8 * j + 2 * t + i % 2] = c[j][i];
+    __syncthreads();
+    const int count = min(abreast, bottom - base) * kTileRows * kColumns;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      const int row = i % kTileRows, n = i / kTileRows % kColumns, of = i / kTileRows / kColumns;
+      float sum = 0;
+      for (int k = 0; k < how.groups; k++) sum += parts[((of * how.groups + k) * kTileRows + row) * kColumns + n];
+      put((base + of) * kTileRows + row, n, sum);
+    }
+  }
+  // An Inf or a NaN in x: one row after another, which takes care of them.
+  if (__syncthreads_or(!fine))
+    for (int n = 0; n < how.batch; n++) {
+      product(m, x + int64_t(n) * m.columns, bias, y + int64_t(n) * m.rows);
+      __syncthreads();
+    }
+}
+
 __device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
   Shared& s = shared();
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4, warps = blockDim.x / kLanes;
@@ -408,6 +545,17 @@ extern "C" __global__ void __launch_bounds__(tiled::kMostWarps* tiled::kLanes, 1
 tiled_product(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y) {
   tiled::product(m, x, bias, y);
 }
+
+#define TILED_PRODUCTS(rows, warps)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(warps* tiled::kLanes, 1)                                                       \
+  tiled_products_##rows(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias,            \
+                        __nv_bfloat16* y, const __grid_constant__ tiled::Spread how) {                                        \
+    tiled::products<rows / 8>(m, x, bias, y, how);                                                                            \
+  }
+TILED_PRODUCTS(8, 28)
+TILED_PRODUCTS(16, 24)
+TILED_PRODUCTS(32, 20)
+TILED_PRODUCTS(64, 16)
 
 extern "C" __global__ void __launch_bounds__(tiled::kMostWarps* tiled::kLanes, 1)
 tiled_decompress(const __grid_constant__ tiled::Matrix m, uint16_t* out) {

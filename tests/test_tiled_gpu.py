@@ -76,6 +76,21 @@ def test_products(shape: tuple[int, int]) -> None:
     assert torch.equal(torch.isnan(y[0][~finite]), torch.isnan(exact[~finite]))
 
 
+@pytest.mark.parametrize("batch", [2, 7, 8, 9, 16, 31, 64])
+@pytest.mark.parametrize("shape", [*SHAPES[:1], *SHAPES[2:], (20_000, 4096)], ids=str)
+def test_products_of_several_rows(shape: tuple[int, int], batch: int) -> None:
+    weights = with_escapes(shape)
+    weight, bias = encode(weights), normal(shape[0], seed=1)
+    x = normal(batch, shape[1], seed=2)
+    y = weight.linear(x, bias)
+    assert same(weight.linear(x, bias), y)
+    exact = x.double() @ weights.double().T + bias.double()
+    finite = torch.isfinite(weights.float()).all(1)
+    cublas = linear(x, weights, bias).double()
+    assert (y.double() - exact)[:, finite].norm() <= 1.1 * (cublas - exact)[:, finite].norm()
+    assert torch.equal(torch.isnan(y[:, ~finite]), torch.isnan(exact[:, ~finite]))
+
+
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (4096, 14336)], ids=str)
 def test_errors_are_no_larger_than_cublas(shape: tuple[int, int]) -> None:
     weights = normal(*shape)
@@ -111,6 +126,13 @@ def test_activations_that_are_not_finite(columns: int, values: list[str]) -> Non
     assert torch.equal(torch.isnan(y), torch.isnan(expected))
     whole = ~torch.isnan(expected)
     assert torch.equal(y[whole], expected[whole])  # infinities
+    several = torch.cat([normal(2, columns, seed=3), x, normal(9, columns, seed=4)])
+    among = encode(weights).linear(several).float()
+    assert torch.equal(torch.isnan(among[2]), torch.isnan(expected))
+    assert torch.equal(among[2][whole], expected[whole])
+    rest = several.float() @ weights.float().T
+    others = torch.arange(len(rest)) != 2
+    assert (among - rest)[others].nan_to_num(0, 0, 0).norm() < 0.01 * rest[others].nan_to_num(0, 0, 0).norm()
 
 
 def test_each_product_waits_for_the_one_before() -> None:
@@ -155,8 +177,8 @@ def test_what_does_not_fit_is_refused() -> None:
     weight = encode(normal(64, 512))
     with pytest.raises(ValueError, match="float32"):
         weight.linear(torch.zeros(1, 512, device="cuda"))
-    with pytest.raises(ValueError, match="512 elements"):
-        weight.linear(torch.zeros(2, 512, device="cuda", dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="1 to 64 rows"):
+        weight.linear(torch.zeros(65, 512, device="cuda", dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="mode=exact"):
         tiled_gpu.plan(64, 200_000, 32, 132, 200 * 1024)
     with pytest.raises(ValueError, match="not those of a matrix"):

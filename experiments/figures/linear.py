@@ -18,20 +18,20 @@ MODES = {"fused": ("tiled, fused", PURPLE, "-"), "exact": ("tiled, decompressed,
 def draw(results: Path) -> Figure:
     rows = load(results, "linear").astype({"rows": int, "columns": int, "batch_size": int})
     gpu = rows["gpu"].iloc[-1]  # the one measured last
-    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] == "tiled")]
+    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] == "tiled") & (rows["kernel"] != "dispatch")]
     key = ["rows", "columns", "batch_size"]
     speedup = one(rows, metric="speedup_vs_cublas").set_index(["mode", *key])["value"].sort_index()
     bits = one(rows, metric="bits_per_weight").set_index(key)["value"]
     shapes = sorted({(r, c) for r, c, _ in bits.index}, key=math.prod)
     several = rows["batch_size"].nunique() > 1
-    height = max(3.0, 1.3 + 0.32 * len(shapes))
-    figure, axes = plt.subplots(1, 1 + several, figsize=(5.2 + 4.0 * several, height), squeeze=False)
+    height = max(3.0, 1.3 + 0.25 * len(shapes))
+    figure, axes = plt.subplots(1, 1 + several, figsize=(6.0 + 4.0 * several, height), squeeze=False)
     bars(axes[0, 0], speedup, bits, shapes)
     axes[0, 0].set_title("Batch 1, numbers: bits a weight", fontsize=8)
     if several:
         curves(axes[0, 1], speedup, shapes)
     where = gpu if gpu != "-" else "CPU"
-    figure.suptitle(f"Linear layers with compressed weights, {where}, synthetic weights", fontsize=9, x=0, ha="left")
+    figure.suptitle(f"Linear layers with compressed weights\n{where}, synthetic weights", fontsize=9, x=0, ha="left")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7)
     return figure
 
@@ -57,7 +57,7 @@ def curves(axis: Axes, speedup: pd.Series, shapes: list[tuple[int, int]]) -> Non
     colours = plt.get_cmap("viridis")([i / max(len(shapes) - 1, 1) for i in range(len(shapes))])
     for mode, (_, _, line) in MODES.items():
         for shape, colour in zip(shapes, colours, strict=True):
-            if (mode, *shape) in speedup.index.droplevel("batch_size"):
+            if (mode, *shape) in speedup.index.droplevel("batch_size") and len(speedup[(mode, *shape)]) > 1:
                 curve = speedup[(mode, *shape)]
                 label = f"{shape[0]} x {shape[1]}" if mode == "exact" else None
                 axis.plot(curve.index, curve, line, color=colour, marker=".", linewidth=1, label=label)
