@@ -7,6 +7,7 @@ must not be written by the kernel before on the same stream: these kernels begin
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 from dataclasses import dataclass
 
@@ -18,9 +19,16 @@ MATRIX = struct.Struct("PPPPPPQiii4x")  # tiled::Matrix
 LANES, TILE_ROWS = 32, 16
 MOST_WARPS = 32
 FEW_WARPS = 16  # fewer do not keep memory busy
-PRODUCTS = {8: 28, 16: 24, 32: 20, 64: 16}  # tiled_products_...: most rows of x, and the warps that its registers allow
+# tiled_products_...: the most rows of x, the warps that registers allow, and those that keep memory busy.
+PRODUCTS = {8: (28, 20), 16: (24, 20), 32: (16, 16), 64: (16, 16)}
 MOST_ROWS = max(PRODUCTS)
-SPREAD = struct.Struct("iii")  # tiled::Spread
+MOST_SPLITS = 8
+# What plan_rows assumes, in tiles or bytes a tile (of the 0.5 us in which every multiprocessor of an H100 reads one).
+STAGE, STAGE_BYTES = 1.5, 44_000
+ADD_UP, ADD_UP_BYTES = 4.0, 1_300_000
+ADD_UP_THREADS = 256
+SPREAD = struct.Struct("Piiiii4x")  # tiled::Spread
+SIZES = struct.Struct("iii")
 RULES = {  # dtype, dimensions and alignment
     "low": (torch.uint8, 4, 16),
     "sign": (torch.int32, 3, 4),
@@ -40,15 +48,19 @@ class _Kernels:
         self.most_shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
         with self.device.current():
             module = driver.Module(gpu.build("tiled", self.device.arch))
-            names = ("tiled_product", *(f"tiled_products_{rows}" for rows in PRODUCTS), "tiled_decompress", "tiled_rows")
+            names = ("tiled_product", *(f"tiled_products_{rows}" for rows in PRODUCTS), "tiled_add_up")
+            names = (*names, "tiled_decompress", "tiled_rows")
             self.functions = {name: module.function(name, self.most_shared) for name in names}
             self.fixed_shared = module.constant("tiled_shared")
 
     def launch(self, name: str, blocks: int, warps: int, fragments: int, more_shared: int, *arguments: int | bytes) -> None:
         shared = self.fixed_shared + warps * code_bytes(fragments) + more_shared
+        self.launch_plain(name, blocks, LANES * warps, shared, *arguments)
+
+    def launch_plain(self, name: str, blocks: int, threads: int, shared: int, *arguments: int | bytes) -> None:
         stream = torch.cuda.current_stream(self.device.index).cuda_stream
         with self.device.current():
-            driver.launch(self.functions[name], blocks, LANES * warps, shared, stream, arguments, overlap=True)
+            driver.launch(self.functions[name], blocks, threads, shared, stream, arguments, overlap=True)
 
 
 @functools.cache
@@ -79,45 +91,52 @@ def plan(rows: int, columns: int, fragments: int, processors: int, room: int) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product of several rows of x is launched. groups, slice: tiled::Spread."""
+    """How a product of several rows of x is launched. splits, groups, slice, parts_at: tiled::Spread."""
 
     kernel_rows: int
     blocks: int
     warps: int
+    splits: int
     groups: int
     slice: int
-    shared: int
+    parts_at: int
+    shared: int  # bytes for x and for the sums of groups
 
 
 @functools.cache
 def plan_rows(rows: int, columns: int, fragments: int, batch: int, processors: int, room: int) -> Plan:
     """The least estimated time of all ways to spread a product. Raises ValueError where there is none.
 
-    In units of a tile's share of memory traffic: warps do a tile each at a time, at least FEW_WARPS of them for full speed, and to
-    bring x to shared memory takes as long as some tiles.
+    In units of a tile's share of memory traffic: warps do a tile each at a time, some number of them at full speed; to bring x to
+    shared memory takes as long as some tiles, and so does adding up what several thread blocks have found.
     """
     across, down = -(-columns // (16 * fragments)), -(-rows // TILE_ROWS)
-    blocks = min(processors, down)
-    tall = -(-down // blocks)  # rows of tiles of a thread block
     kernel_rows = min(size for size in PRODUCTS if size >= batch)
-    x_tile, one_row = 32 * fragments * kernel_rows, 32 * fragments * across  # bytes of x in shared memory, for any row of it
+    most_warps, few_warps = PRODUCTS[kernel_rows]
+    x_tile = 32 * fragments * kernel_rows  # bytes of x in shared memory
     best: tuple[float, int, Plan] | None = None
-    for warps in range(8, PRODUCTS[kernel_rows] + 1):
+    for splits, warps in itertools.product(range(1, min(MOST_SPLITS, across) + 1), range(8, most_warps + 1)):
+        row_blocks = min(processors // splits, down)
+        tall, wide = -(-down // row_blocks), -(-across // splits)  # tiles of a thread block
         space = room - warps * code_bytes(fragments)
-        fitting = min(across, space // x_tile)
-        if fitting < 1 or one_row > space:
+        fitting = min(wide, space // x_tile)
+        if fitting < 1:
             continue
-        phases = -(-across // fitting)
-        size = -(-across // phases)
+        phases = -(-wide // fitting)
+        size = -(-wide // phases)
+        adding = (splits > 1) * (ADD_UP + 8 * splits * rows * batch / ADD_UP_BYTES)
         for groups in range(1, min(warps, size) + 1):
             parts = 64 * kernel_rows * warps if groups > 1 else 0
             if parts > space:
                 continue
+            apart = size * x_tile + parts <= space and groups > 1
             rounds = -(-tall // (warps // groups))
-            steps = rounds * ((phases - 1) * -(-size // groups) + -(-(across - (phases - 1) * size) // groups))
-            stagings = rounds * phases if groups > 1 or phases > 1 else 1
-            cost = steps * max(warps, FEW_WARPS) + stagings * (1.5 + 3 * size * x_tile / (1 << 17))
-            found = Plan(kernel_rows, blocks, warps, groups, size, max(size * x_tile, parts, one_row))
+            steps = rounds * ((phases - 1) * -(-size // groups) + -(-(wide - (phases - 1) * size) // groups))
+            stagings = 1 if phases == 1 and (groups == 1 or apart) else rounds * phases
+            cost = steps * max(warps, few_warps) + stagings * (STAGE + size * x_tile / STAGE_BYTES) + adding + (groups > 1) * rounds
+            at = size * x_tile if apart else 0
+            shared = at + parts if apart else max(size * x_tile, parts)
+            found = Plan(kernel_rows, row_blocks * splits, warps, splits, groups, size, at, shared)
             if best is None or (cost, -warps) < best[:2]:
                 best = cost, -warps, found
     if best is None:
@@ -186,16 +205,21 @@ def linear(
     kernels = _kernels(index)
     room = kernels.most_shared - kernels.fixed_shared
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
-    arguments = (matrix, x.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), y.data_ptr())
+    bias_at = 0 if bias is None else bias.contiguous().data_ptr()
+    arguments = (matrix, x.data_ptr(), bias_at, y.data_ptr())
     if batch == 1:
         blocks, warps = plan(rows, columns, fragments, kernels.device.processors, room)
         padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
         kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
     else:
         how = plan_rows(rows, columns, fragments, batch, kernels.device.processors, room)
-        spread = SPREAD.pack(batch, how.groups, how.slice)
+        partial = torch.empty(how.splits * batch * rows if how.splits > 1 else 0, dtype=torch.float32, device=x.device)
+        spread = SPREAD.pack(partial.data_ptr(), batch, how.splits, how.groups, how.slice, how.parts_at)
         name = f"tiled_products_{how.kernel_rows}"
         kernels.launch(name, how.blocks, how.warps, fragments, how.shared, *arguments, spread)
+        if how.splits > 1:
+            blocks, sizes = -(-batch * rows // ADD_UP_THREADS), SIZES.pack(rows, batch, how.splits)
+            kernels.launch_plain("tiled_add_up", blocks, ADD_UP_THREADS, 0, partial.data_ptr(), bias_at, y.data_ptr(), sizes)
     return y
 
 

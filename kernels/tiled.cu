@@ -66,28 +66,37 @@ __device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t sel
 }
 __device__ __forceinline__ float value(uint32_t pattern) { return __uint_as_float(pattern << 16); }
 
-// Low bytes and signs of four fragments, each reloaded when it is used up. They lie without gaps over all tiles, so a run of tiles is
-// read straight on.
+// Low bytes and signs of four fragments, each reloaded when it is used up; kDeep: from four more, loaded ahead. They lie without gaps
+// over all tiles, so a run of tiles is read straight on.
+template <bool kDeep>
 struct Reader {
   const uint4* from;
   const uint32_t* sign_from;
   int left;  // fours, this one too
-  uint4 low[2];
-  uint32_t sign;
+  uint4 low[2], low_ahead[2];
+  uint32_t sign, sign_ahead;
 
   __device__ __forceinline__ Reader(const Matrix& m, int first, int last, int lane)
       : from(reinterpret_cast<const uint4*>(m.low) + int64_t(first) * m.fragments * 16 + lane),
         sign_from(m.sign + int64_t(first) * m.fragments * 8 + lane),
         left((last - first) * (m.fragments / 4)),
         low(),
-        sign() {
+        low_ahead(),
+        sign(),
+        sign_ahead() {
     if (left > 0) low[0] = __ldcs(from), low[1] = __ldcs(from + kLanes), sign = __ldcs(sign_from);
+    if (kDeep && left > 1)
+      low_ahead[0] = __ldcs(from + 2 * kLanes), low_ahead[1] = __ldcs(from + 3 * kLanes), sign_ahead = __ldcs(sign_from + kLanes);
   }
   __device__ __forceinline__ void next_low(int i) {
-    if (left > 1) low[i] = __ldcs(from + (2 + i) * kLanes);
+    uint4& to = kDeep ? low_ahead[i] : low[i];
+    if (kDeep) low[i] = low_ahead[i];
+    if (left > 1 + kDeep) to = __ldcs(from + ((1 + kDeep) * 2 + i) * kLanes);
   }
   __device__ __forceinline__ void next_sign() {
-    if (left > 1) sign = __ldcs(sign_from + kLanes);
+    uint32_t& to = kDeep ? sign_ahead : sign;
+    if (kDeep) sign = sign_ahead;
+    if (left > 1 + kDeep) to = __ldcs(sign_from + (1 + kDeep) * kLanes);
     from += 2 * kLanes, sign_from += kLanes, left--;
   }
 };
@@ -118,9 +127,9 @@ __device__ __forceinline__ void spread(uint32_t bytes, uint32_t (*codes)[kLanes]
 // The operands of a tile's fragments, one after the other: use(fragment, a, selectors of the two groups). The lane 4 g + t gets
 // columns 4 t .. 4 t + 3 of rows g and g + 8, as if they were columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of mma.m16n8k16: the other
 // operand takes the same order.
-template <class Use>
-__device__ __forceinline__ void decode(const Matrix& m, const uint32_t (*codes)[kLanes], const uint32_t* table, int lane, Reader& reader,
-                                       Use use) {
+template <bool kDeep, class Use>
+__device__ __forceinline__ void decode(const Matrix& m, const uint32_t (*codes)[kLanes], const uint32_t* table, int lane,
+                                       Reader<kDeep>& reader, Use use) {
   // Bit 2 of a window is the first of a code, so that masked it is the place of a table entry in bytes. So positions begin two bits
   // before the codes, in the row before the first. They are kept in quarters of a bit on top of the address of the codes: without its
   // last seven bits such a position is the address of a row. (The shuffle keeps the compiler from computing `column` in the loop.)
@@ -177,11 +186,10 @@ __device__ __forceinline__ bool finite(uint32_t two) {
 // Where column i of x lies in shared memory: the four columns of a lane of one fragment beside those of the next.
 __device__ __forceinline__ int place(int i) { return (i & ~31) | (i & 12) << 1 | (i & 16) >> 2 | (i & 3); }
 
-// The sums of a warp's run of tiles. kCareful: x has an Inf or a NaN, which must not meet the +0.0 that stands for an escaped weight
-// or that fills up an operand: then products and sums are made one by one.
-template <bool kCareful, class Put>
+// The sums of a warp's run of tiles, for one row of x.
+template <class Put>
 __device__ __forceinline__ void run(const Matrix& m, Shared& s, uint32_t (*codes)[kLanes], const uint4* x, int begin, int first, int last,
-                                    Reader& reader, uint2 h0, uint2 h1, Put put) {
+                                    Reader<false>& reader, uint2 h0, uint2 h1, Put put) {
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
   const int across = (m.columns + 16 * m.fragments - 1) / (16 * m.fragments);
   int row_of_tiles = first / across, column = first % across;
@@ -197,20 +205,9 @@ __device__ __forceinline__ void run(const Matrix& m, Shared& s, uint32_t (*codes
     spread(h1.x - h0.x, codes, lane);
     const uint4* const part = x + column * 2 * m.fragments + t;
     uint4 both;
-    decode(m, codes, s.table, lane, reader, [&](int f, int i, const uint32_t(&a)[4], uint32_t first_four, uint32_t second_four) {
+    decode(m, codes, s.table, lane, reader, [&](int f, int i, const uint32_t(&a)[4], uint32_t, uint32_t) {
       if (i % 2 == 0) both = part[2 * f];
-      const uint2 b = i % 2 ? make_uint2(both.z, both.w) : make_uint2(both.x, both.y);
-      if (kCareful) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const float one = value((k < 2 ? b.x : b.y) >> 16 * (k & 1) & 0xFFFF);
-          const bool inside = (column * m.fragments + f) * 16 + 4 * t + k < m.columns;
-          if (inside && (first_four >> 4 * k & 7) != 7) c[0] += value(a[k / 2 * 2] >> 16 * (k & 1) & 0xFFFF) * one;
-          if (inside && (second_four >> 4 * k & 7) != 7) c[2] += value(a[k / 2 * 2 + 1] >> 16 * (k & 1) & 0xFFFF) * one;
-        }
-      } else {
-        mma(c, a, b);  // of its eight columns the first is used
-      }
+      mma(c, a, i % 2 ? make_uint2(both.z, both.w) : make_uint2(both.x, both.y));  // of its eight columns the first is used
     });
     __syncwarp();
     if (more) fetch(m, h1.x, h2.x - h1.x, codes, lane);
@@ -226,31 +223,17 @@ __device__ __forceinline__ void run(const Matrix& m, Shared& s, uint32_t (*codes
         const int row = __shfl_sync(~0u, patch, 4 * t + i) >> 28;
         top[i] = row == g ? pairs[i] : 0;
         bottom[i] = row == g + 8 ? pairs[i] : 0;
-        if (kCareful && from + 4 * t + i < h1.y) {
-          const float product = value(pairs[i] & 0xFFFF) * value(pairs[i] >> 16);
-          if (row == g) c[0] += product;
-          if (row == g + 8) c[2] += product;
-        }
       }
-      if (!kCareful) {
-        const uint32_t a[4] = {permute(top[0], top[1], 0x5410), permute(bottom[0], bottom[1], 0x5410), permute(top[2], top[3], 0x5410),
-                               permute(bottom[2], bottom[3], 0x5410)};
-        mma(c, a, make_uint2(permute(pairs[0], pairs[1], 0x7632), permute(pairs[2], pairs[3], 0x7632)));
-      }
+      const uint32_t a[4] = {permute(top[0], top[1], 0x5410), permute(bottom[0], bottom[1], 0x5410), permute(top[2], top[3], 0x5410),
+                             permute(bottom[2], bottom[3], 0x5410)};
+      mma(c, a, make_uint2(permute(pairs[0], pairs[1], 0x7632), permute(pairs[2], pairs[3], 0x7632)));
     }
     const bool ends = ++column == across;
     if (ends || !more) {
-      if (kCareful) {
-#pragma unroll
-        for (int d = 1; d < 4; d *= 2) {
-          c[0] += __shfl_xor_sync(~0u, c[0], d);
-          c[2] += __shfl_xor_sync(~0u, c[2], d);
-        }
-      }
       if (t == 0) {
         if (ends && whole) {
-          put(row_of_tiles * kTileRows + g, c[0]);
-          put(row_of_tiles * kTileRows + g + 8, c[2]);
+          put(row_of_tiles * kTileRows + g, 0, c[0]);
+          put(row_of_tiles * kTileRows + g + 8, 0, c[2]);
         } else {
           (*sums)[g] = c[0];
           (*sums)[g + 8] = c[2];
@@ -265,6 +248,50 @@ __device__ __forceinline__ void run(const Matrix& m, Shared& s, uint32_t (*codes
   }
 }
 
+// Rows of tiles [top, bottom) times columns of tiles [left, right) where x has an Inf or a NaN, which must not meet the +0.0 that
+// stands for an escaped weight or that fills up an operand: products and sums are made one by one. Slow.
+template <class Put>
+__device__ __noinline__ void careful(const Matrix& m, Shared& s, uint32_t (*codes)[kLanes], const __nv_bfloat16* x, int batch, int top,
+                                     int bottom, int left, int right, Put put) {
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
+  const int across = (m.columns + 16 * m.fragments - 1) / (16 * m.fragments);
+  for (int row_of_tiles = warp; row_of_tiles < bottom - top; row_of_tiles += warps)
+    for (int n = 0; n < batch; n++) {
+      const __nv_bfloat16* const row = x + int64_t(n) * m.columns;
+      float sums[2] = {}, escaped[2] = {};
+      for (int column = left; column < right; column++) {
+        const int tile = (top + row_of_tiles) * across + column, from = column * 16 * m.fragments;
+        const uint2 h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
+        Reader<false> reader(m, tile, tile + 1, lane);
+        fetch(m, h0.x, h1.x - h0.x, codes, lane);
+        spread(h1.x - h0.x, codes, lane);
+        decode(m, codes, s.table, lane, reader, [&](int f, int, const uint32_t(&a)[4], uint32_t first, uint32_t second) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            const int at = from + 16 * f + 4 * t + k;
+            if (at >= m.columns) break;
+            const float one = __bfloat162float(row[at]);
+            if ((first >> 4 * k & 7) != 7) sums[0] += value(a[k / 2 * 2] >> 16 * (k & 1) & 0xFFFF) * one;
+            if ((second >> 4 * k & 7) != 7) sums[1] += value(a[k / 2 * 2 + 1] >> 16 * (k & 1) & 0xFFFF) * one;
+          }
+        });
+        __syncwarp();
+        for (uint32_t k = h0.y; k < h1.y; k++) {
+          const uint32_t patch = __ldg(m.patches + k);
+          const float product = value(patch & 0xFFFF) * __bfloat162float(row[from + (patch >> 16 & 0xFFF)]);
+          if (int(patch >> 28) == g) escaped[0] += product;
+          if (int(patch >> 28) == g + 8) escaped[1] += product;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int d = 1; d < 4; d *= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], d);
+        if (t == 0) put(row_of_tiles * kTileRows + g + 8 * i, n, sums[i] + escaped[i]);
+      }
+    }
+}
+
 __device__ __forceinline__ void product(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y) {
   Shared& s = shared();
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes;
@@ -275,13 +302,13 @@ __device__ __forceinline__ void product(const Matrix& m, const __nv_bfloat16* x,
   const int top = int(int64_t(down) * blockIdx.x / gridDim.x), bottom = int(int64_t(down) * (blockIdx.x + 1) / gridDim.x);
   const int begin = top * across, tiles = (bottom - top) * across;
   const int first = run_start(tiles, warp, warps), last = run_start(tiles, warp + 1, warps);
-  const auto put = [&](int row, float sum) {
+  const auto put = [&](int row, int, float sum) {
     row += top * kTileRows;
     if (row < m.rows) y[row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
   };
   uint2 h0 = {}, h1 = {};
   if (first < last) h0 = __ldg(m.tiles + begin + first), h1 = __ldg(m.tiles + begin + first + 1);
-  Reader reader(m, begin + first, begin + last, lane);
+  Reader<false> reader(m, begin + first, begin + last, lane);
   load_table(m, s.table);
   if (first < last) fetch(m, h0.x, h1.x - h0.x, codes, lane);
   s.sums[warp][lane / kTileRows][lane % kTileRows] = 0;
@@ -295,10 +322,8 @@ __device__ __forceinline__ void product(const Matrix& m, const __nv_bfloat16* x,
     const uint2 four = *reinterpret_cast<const uint2*>(xs + place(i));
     fine &= finite(four.x) && finite(four.y);
   }
-  if (__syncthreads_and(fine))
-    run<false>(m, s, codes, reinterpret_cast<const uint4*>(xs), begin, first, last, reader, h0, h1, put);
-  else
-    run<true>(m, s, codes, reinterpret_cast<const uint4*>(xs), begin, first, last, reader, h0, h1, put);
+  if (!__syncthreads_and(fine)) return careful(m, s, codes, x, 1, top, bottom, 0, across, put);
+  run(m, s, codes, reinterpret_cast<const uint4*>(xs), begin, first, last, reader, h0, h1, put);
   __syncthreads();
   // Rows of tiles that several warps share: their parts, always in the same order. Eight threads have a row of the matrix.
   for (int i = threadIdx.x; i / 8 < (bottom - top) * kTileRows; i += blockDim.x) {
@@ -308,14 +333,16 @@ __device__ __forceinline__ void product(const Matrix& m, const __nv_bfloat16* x,
     for (int w = one + i % 8; w <= other; w += 8) sum += s.sums[w][w == one && run_start(tiles, one, warps) < from][row % kTileRows];
 #pragma unroll
     for (int d = 4; d; d /= 2) sum += __shfl_xor_sync(0xFFu << (lane & 24), sum, d);
-    if (one != other && i % 8 == 0) put(row, sum);
+    if (one != other && i % 8 == 0) put(row, 0, sum);
   }
 }
 
-// How a product of several rows of x is spread over a thread block: `groups` warps share a row of tiles, `slice` tiles of x are in
-// shared memory at a time.
+// How a product of several rows of x is spread: columns of tiles over `splits` thread blocks, whose sums go to `partial`, float
+// [splits, batch, rows]; within a block, `groups` warps share a row of tiles, and `slice` tiles of x are in shared memory at a time.
 struct Spread {
-  int32_t batch, groups, slice;
+  float* partial;
+  int32_t batch, splits, groups, slice;
+  int32_t parts_at;  // where the sums of a group lie behind x, in bytes; 0: in the place of x
 };
 
 // Rows of x in shared memory: for each fragment and each eight rows what a lane takes of the other operand, four columns of row g.
@@ -335,7 +362,7 @@ __device__ __forceinline__ void each_four(const Matrix& m, int from, int tiles, 
 
 // y = x W^T + bias for up to 8 kEights rows of x. A warp has one row of tiles at a time, or with others of its group a part of it; what
 // those have found is added in the order of the group.
-template <int kEights>
+template <int kEights, bool kDeep>
 __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y,
                                          const Spread& how) {
   Shared& s = shared();
@@ -343,31 +370,38 @@ __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x
   uint32_t(*const all_codes)[kLanes] = reinterpret_cast<uint32_t(*)[kLanes]>(&s + 1);
   uint32_t(*const codes)[kLanes] = all_codes + warp * code_rows(m.fragments);
   uint2* const xs = reinterpret_cast<uint2*>(all_codes + warps * code_rows(m.fragments));
-  float* const parts = reinterpret_cast<float*>(xs);  // [warps][16][8 kEights], when x is not needed
+  float* const parts = reinterpret_cast<float*>(reinterpret_cast<char*>(xs) + how.parts_at);  // [warps][16][8 kEights]
   const int across = (m.columns + 16 * m.fragments - 1) / (16 * m.fragments), down = (m.rows + kTileRows - 1) / kTileRows;
-  const int top = int(int64_t(down) * blockIdx.x / gridDim.x), bottom = int(int64_t(down) * (blockIdx.x + 1) / gridDim.x);
+  const int split = blockIdx.x % how.splits, block = blockIdx.x / how.splits, blocks = gridDim.x / how.splits;
+  const int left = across * split / how.splits, right = across * (split + 1) / how.splits;
+  const int top = int(int64_t(down) * block / blocks), bottom = int(int64_t(down) * (block + 1) / blocks);
   const int abreast = warps / how.groups, member = warp / how.groups, group = warp % how.groups;
   const auto put = [&](int row, int n, float sum) {
-    if (row < m.rows && n < how.batch)
+    row += top * kTileRows;
+    if (row >= m.rows || n >= how.batch) return;
+    if (how.splits > 1)
+      how.partial[(int64_t(split) * how.batch + n) * m.rows + row] = sum;
+    else
       y[int64_t(n) * m.rows + row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
   };
   load_table(m, s.table);
   bool fine = true, staged = false;
-  for (int base = top; base < bottom; base += abreast) {
-    const int row_of_tiles = base + member;
-    const bool active = member < abreast && row_of_tiles < bottom;
+  for (int base = 0; base < bottom - top; base += abreast) {
+    const bool active = member < abreast && base + member < bottom - top;
     float c[kEights][4] = {};
-    for (int from = 0; from < across; from += how.slice) {
-      const int width = min(how.slice, across - from);
+    for (int from = left; from < right; from += how.slice) {
+      const int width = min(how.slice, right - from);
       const int first = width * group / how.groups, last = active ? width * (group + 1) / how.groups : first;
-      const int tile = active ? row_of_tiles * across + from : 0;
+      const int tile = active ? (top + base + member) * across + from : 0;
       uint2 h0 = {}, h1 = {};
       if (first < last) h0 = __ldg(m.tiles + tile + first), h1 = __ldg(m.tiles + tile + first + 1);
-      Reader reader(m, tile + first, tile + last, lane);
+      Reader<kDeep> reader(m, tile + first, tile + last, lane);
       if (first < last) fetch(m, h0.x, h1.x - h0.x, codes, lane);
-      if (!staged || how.slice < across || how.groups > 1) {
-        if (staged) __syncthreads();  // nobody needs what is there
-        else wait_for_the_kernel_before();
+      if (!staged || how.slice < right - left || (how.groups > 1 && !how.parts_at)) {
+        if (staged)
+          __syncthreads();  // nobody needs any more what is there
+        else
+          wait_for_the_kernel_before();
         each_four<kEights>(m, from, width, [&](int row, int column, int at) {
           const int there = row < how.batch ? min(max(m.columns - column, 0), 4) : 0;
           copy8(xs + at, there ? x + int64_t(row) * m.columns + column : x, 2 * there);
@@ -394,15 +428,15 @@ __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x
         if (more) fetch(m, h1.x, h2.x - h1.x, codes, lane);
         for (uint32_t at = h0.y; at < h1.y; at += 16) {
           if (at != h0.y) patch = at + lane < h1.y && lane < 16 ? __ldg(m.patches + at + lane) : 0;
-          uint32_t of[4], top_row[4], bottom_row[4];
+          uint32_t of[4], upper[4], lower[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             of[i] = __shfl_sync(~0u, patch, 4 * t + i);
-            top_row[i] = int(of[i] >> 28) == g ? of[i] : 0;
-            bottom_row[i] = int(of[i] >> 28) == g + 8 ? of[i] : 0;
+            upper[i] = int(of[i] >> 28) == g ? of[i] : 0;
+            lower[i] = int(of[i] >> 28) == g + 8 ? of[i] : 0;
           }
-          const uint32_t a[4] = {permute(top_row[0], top_row[1], 0x5410), permute(bottom_row[0], bottom_row[1], 0x5410),
-                                 permute(top_row[2], top_row[3], 0x5410), permute(bottom_row[2], bottom_row[3], 0x5410)};
+          const uint32_t a[4] = {permute(upper[0], upper[1], 0x5410), permute(lower[0], lower[1], 0x5410),
+                                 permute(upper[2], upper[3], 0x5410), permute(lower[2], lower[3], 0x5410)};
 #pragma unroll
           for (int j = 0; j < kEights; j++) {
             uint32_t b[4];
@@ -422,7 +456,7 @@ __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x
 #pragma unroll
         for (int j = 0; j < kEights; j++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) put(row_of_tiles * kTileRows + g + 8 * (i / 2), 8 * j + 2 * t + i % 2, c[j][i]);
+          for (int i = 0; i < 4; i++) put((base + member) * kTileRows + g + 8 * (i / 2), 8 * j + 2 * t + i % 2, c[j][i]);
       }
       continue;
     }
@@ -433,7 +467,7 @@ __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x
 #pragma unroll
       for (int i = 0; i < 4; i++) parts[(warp * kTileRows + g + 8 * (i / 2)) * kColumns + 8 * j + 2 * t + i % 2] = c[j][i];
     __syncthreads();
-    const int count = min(abreast, bottom - base) * kTileRows * kColumns;
+    const int count = min(abreast, bottom - top - base) * kTileRows * kColumns;
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       const int row = i % kTileRows, n = i / kTileRows % kColumns, of = i / kTileRows / kColumns;
       float sum = 0;
@@ -441,12 +475,17 @@ __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x
       put((base + of) * kTileRows + row, n, sum);
     }
   }
-  // An Inf or a NaN in x: one row after another, which takes care of them.
-  if (__syncthreads_or(!fine))
-    for (int n = 0; n < how.batch; n++) {
-      product(m, x + int64_t(n) * m.columns, bias, y + int64_t(n) * m.rows);
-      __syncthreads();
-    }
+  if (__syncthreads_or(!fine)) careful(m, s, codes, x, how.batch, top, bottom, left, right, put);
+}
+
+// y = the sums of all splits, in their order, + bias.
+__device__ __forceinline__ void add_up(const float* partial, const __nv_bfloat16* bias, __nv_bfloat16* y, int rows, int batch, int splits) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, count = int64_t(rows) * batch;
+  wait_for_the_kernel_before();
+  if (i >= count) return;
+  float sum = 0;
+  for (int k = 0; k < splits; k++) sum += __ldcs(partial + k * count + i);
+  y[i] = __float2bfloat16(bias ? sum + __bfloat162float(bias[i % rows]) : sum);
 }
 
 __device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
@@ -458,7 +497,7 @@ __device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
   const int first = run_start(all, blockIdx.x * warps + warp, runs), last = run_start(all, blockIdx.x * warps + warp + 1, runs);
   uint2 h0 = {}, h1 = {};
   if (first < last) h0 = __ldg(m.tiles + first), h1 = __ldg(m.tiles + first + 1);
-  Reader reader(m, first, last, lane);
+  Reader<false> reader(m, first, last, lane);
   load_table(m, s.table);
   if (first < last) fetch(m, h0.x, h1.x - h0.x, codes, lane);
   wait();
@@ -514,7 +553,7 @@ __device__ __forceinline__ void gather(const Matrix& m, const int64_t* rows, uin
   for (int column = warp; column < across; column += warps) {
     const int tile = int(row / kTileRows) * across + column, left = column * width;
     const uint2 h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
-    Reader reader(m, tile, tile + 1, lane);
+    Reader<false> reader(m, tile, tile + 1, lane);
     fetch(m, h0.x, h1.x - h0.x, codes, lane);
     spread(h1.x - h0.x, codes, lane);
     decode(m, codes, s.table, lane, reader, [&](int f, int, const uint32_t(&a)[4], uint32_t, uint32_t) {
@@ -546,16 +585,20 @@ tiled_product(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, c
   tiled::product(m, x, bias, y);
 }
 
-#define TILED_PRODUCTS(rows, warps)                                                                                           \
+#define TILED_PRODUCTS(rows, warps, deep)                                                                                     \
   extern "C" __global__ void __launch_bounds__(warps* tiled::kLanes, 1)                                                       \
   tiled_products_##rows(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias,            \
                         __nv_bfloat16* y, const __grid_constant__ tiled::Spread how) {                                        \
-    tiled::products<rows / 8>(m, x, bias, y, how);                                                                            \
+    tiled::products<rows / 8, deep>(m, x, bias, y, how);                                                                      \
   }
-TILED_PRODUCTS(8, 28)
-TILED_PRODUCTS(16, 24)
-TILED_PRODUCTS(32, 20)
-TILED_PRODUCTS(64, 16)
+TILED_PRODUCTS(8, 28, false)
+TILED_PRODUCTS(16, 24, false)
+TILED_PRODUCTS(32, 16, true)
+TILED_PRODUCTS(64, 16, false)
+
+extern "C" __global__ void tiled_add_up(const float* partial, const __nv_bfloat16* bias, __nv_bfloat16* y, const __grid_constant__ int3 how) {
+  tiled::add_up(partial, bias, y, how.x, how.y, how.z);  // rows, batch, splits
+}
 
 extern "C" __global__ void __launch_bounds__(tiled::kMostWarps* tiled::kLanes, 1)
 tiled_decompress(const __grid_constant__ tiled::Matrix m, uint16_t* out) {

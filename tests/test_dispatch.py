@@ -1,0 +1,87 @@
+"""How products of the tiled layout would be launched, and which way is chosen: without a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from df11 import dispatch, tiled_gpu
+from df11.formats.tiled import tile_fragments
+from df11.tiled_ops import TiledWeight
+
+ROOM = {"H100": (132, 197_000), "A100": (108, 131_000)}  # multiprocessors, bytes of shared memory for codes and x
+SHAPES = [
+    (28672, 4096),
+    (4096, 14336),
+    (128256, 4096),
+    (1024, 8192),
+    (400, 128),
+    (333, 576),
+    (100, 53248),
+    (3840, 15360),
+    (7, 5376),
+]
+
+
+@pytest.mark.parametrize("gpu", ROOM)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> None:
+    (rows, columns), (processors, room) = shape, ROOM[gpu]
+    f = tile_fragments(columns)
+    across, down = -(-columns // (16 * f)), -(-rows // 16)
+    for batch in (2, 8, 9, 16, 17, 32, 33, 64):
+        plan = tiled_gpu.plan_rows(rows, columns, f, batch, processors, room)
+        assert batch <= plan.kernel_rows and 1 <= plan.groups <= plan.warps <= tiled_gpu.PRODUCTS[plan.kernel_rows][0]
+        assert plan.blocks <= processors and plan.blocks % plan.splits == 0 and plan.blocks // plan.splits <= down
+        assert 1 <= plan.splits <= across and 1 <= plan.slice <= across
+        x, parts = 32 * f * plan.kernel_rows * plan.slice, 64 * plan.kernel_rows * plan.warps * (plan.groups > 1)
+        assert plan.parts_at in (0, x) and max(x, plan.parts_at + parts) <= plan.shared
+        assert plan.warps * tiled_gpu.code_bytes(f) + plan.shared <= room
+
+
+def test_x_that_fits_nowhere() -> None:
+    with pytest.raises(ValueError, match="mode=exact"):
+        tiled_gpu.plan(64, 200_000, 32, 132, 197_000)
+    with pytest.raises(ValueError, match="mode=exact"):
+        tiled_gpu.plan_rows(64, 4096, 32, 64, 132, 50_000)
+
+
+def test_warps_that_leave_none_idle() -> None:
+    assert [tiled_gpu.choose_warps(tiles, 32) for tiles in (16, 24, 56, 112, 224, 64)] == [16, 24, 28, 28, 32, 32]
+    assert tiled_gpu.choose_warps(5, 3) == 3
+
+
+def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = (torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    weight = TiledWeight.encode(weights)
+    assert weight is not None
+    for rows in (1, 3, 70):
+        x = torch.randn(rows, 512).bfloat16()
+        y, expected = dispatch.linear(weight, x), torch.nn.functional.linear(x, weights)
+        assert torch.equal(y, expected) if rows > 1 else (y.float() - expected.float()).norm() < 0.01 * expected.float().norm()
+    assert dispatch.linear(weight, torch.empty(0, 512).bfloat16()).shape == (0, 256)
+
+    # A table as it would be for a GPU.
+    class OnGpu:
+        is_cuda, device, shape = True, torch.device("cuda", 0), (9, 512)
+
+        def numel(self) -> int:
+            return 9 * 512
+
+    ways: dispatch.Ways = {"fused": lambda: torch.zeros(1), "decompress": lambda: torch.zeros(2)}
+    monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "deep" / "table.json"))
+    monkeypatch.setattr(dispatch, "_seconds", lambda way, device: float(way().numel()))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    dispatch._table.cache_clear()
+    assert dispatch.choose(weight, OnGpu(), ways) == "fused"  # type: ignore[arg-type]
+    table = json.loads((tmp_path / "deep" / "table.json").read_text())
+    assert table == {"256 x 512, 16": {"fused": 1.0, "decompress": 2.0}}
+    (tmp_path / "deep" / "table.json").write_text(json.dumps({"256 x 512, 16": {"fused": 3.0, "decompress": 2.0}}))
+    dispatch._table.cache_clear()
+    assert dispatch.choose(weight, OnGpu(), ways) == "decompress"  # type: ignore[arg-type]
+    (tmp_path / "deep" / "table.json").unlink()
+    dispatch._table.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert dispatch.choose(weight, OnGpu(), ways) == "decompress"  # type: ignore[arg-type]
+    dispatch._table.cache_clear()
