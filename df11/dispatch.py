@@ -50,7 +50,7 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     if key not in table:
         if torch.cuda.is_current_stream_capturing():
             return "fused" if bucket <= min(tiled_gpu.PRODUCTS) else "decompress"
-        table[key] = {name: _seconds(way, x.device) for name, way in ways.items()}
+        table[key] = {name: seconds for name, way in ways.items() if (seconds := _seconds(way, x.device))}
         _save(x.device.index)
     return min(table[key], key=table[key].__getitem__)
 
@@ -78,10 +78,13 @@ def _save(index: int) -> None:
     partial.replace(file)
 
 
-def _seconds(way: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """GPU time with a cold L2 cache. It is being flushed while the host enqueues, whose time is hidden so."""
+def _seconds(way: Callable[[], torch.Tensor], device: torch.device) -> float | None:
+    """GPU time with a cold L2 cache, None where x does not fit. It is flushed while the host enqueues: its time is hidden."""
     flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-    way()
+    try:
+        way()
+    except ValueError:
+        return None
     samples = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -31,6 +31,9 @@ class Stored(nn.Module):
         for name in ARRAYS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
 
+    def _save_to_state_dict(self, *given: Any, **named: Any) -> None:
+        raise CompressedModelError("the tiled layout is not stored: save the model of mode=exact, before fuse_")
+
     def get(self) -> TiledWeight:
         return TiledWeight(self.shape, **{name: self.get_buffer(name) for name in ARRAYS}, uppers=self.uppers)
 

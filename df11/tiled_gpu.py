@@ -46,12 +46,14 @@ class _Kernels:
         self.device = gpu.device(index)
         properties = torch.cuda.get_device_properties(index)
         self.most_shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        self.overlap = properties.major >= 9
         with self.device.current():
             module = driver.Module(gpu.build("tiled", self.device.arch))
             names = ("tiled_product", *(f"tiled_products_{rows}" for rows in PRODUCTS), "tiled_add_up")
             names = (*names, "tiled_decompress", "tiled_rows")
             self.functions = {name: module.function(name, self.most_shared) for name in names}
             self.fixed_shared = module.constant("tiled_shared")
+        self.room = self.most_shared - self.fixed_shared
 
     def launch(self, name: str, blocks: int, warps: int, fragments: int, more_shared: int, *arguments: int | bytes) -> None:
         shared = self.fixed_shared + warps * code_bytes(fragments) + more_shared
@@ -60,7 +62,7 @@ class _Kernels:
     def launch_plain(self, name: str, blocks: int, threads: int, shared: int, *arguments: int | bytes) -> None:
         stream = torch.cuda.current_stream(self.device.index).cuda_stream
         with self.device.current():
-            driver.launch(self.functions[name], blocks, threads, shared, stream, arguments, overlap=True)
+            driver.launch(self.functions[name], blocks, threads, shared, stream, arguments, overlap=self.overlap)
 
 
 @functools.cache
@@ -203,16 +205,15 @@ def linear(
     index = x.get_device()
     matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, rows, columns)
     kernels = _kernels(index)
-    room = kernels.most_shared - kernels.fixed_shared
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
     bias_at = 0 if bias is None else bias.contiguous().data_ptr()
     arguments = (matrix, x.data_ptr(), bias_at, y.data_ptr())
     if batch == 1:
-        blocks, warps = plan(rows, columns, fragments, kernels.device.processors, room)
+        blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room)
         padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
         kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
     else:
-        how = plan_rows(rows, columns, fragments, batch, kernels.device.processors, room)
+        how = plan_rows(rows, columns, fragments, batch, kernels.device.processors, kernels.room)
         partial = torch.empty(how.splits * batch * rows if how.splits > 1 else 0, dtype=torch.float32, device=x.device)
         spread = SPREAD.pack(partial.data_ptr(), batch, how.splits, how.groups, how.slice, how.parts_at)
         name = f"tiled_products_{how.kernel_rows}"
@@ -240,7 +241,8 @@ def decompress(
     index = out.get_device()
     matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, *out.shape)
     kernels = _kernels(index)
-    kernels.launch("tiled_decompress", kernels.device.processors, MOST_WARPS, fragments, 0, matrix, out.data_ptr())
+    warps = min(MOST_WARPS, kernels.room // code_bytes(fragments))
+    kernels.launch("tiled_decompress", kernels.device.processors, warps, fragments, 0, matrix, out.data_ptr())
 
 
 def rows(
@@ -263,6 +265,7 @@ def rows(
     out = torch.empty(*ids.shape, columns, dtype=torch.bfloat16, device=ids.device)
     if ids.numel():
         ids = ids.contiguous()
-        across = -(-columns // (16 * fragments))
-        _kernels(index).launch("tiled_rows", ids.numel(), min(across, 16), fragments, 0, matrix, ids.data_ptr(), out.data_ptr())
+        kernels, across = _kernels(index), -(-columns // (16 * fragments))
+        warps = min(across, 16, kernels.room // code_bytes(fragments))
+        kernels.launch("tiled_rows", ids.numel(), warps, fragments, 0, matrix, ids.data_ptr(), out.data_ptr())
     return out

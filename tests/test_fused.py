@@ -95,6 +95,10 @@ def test_mode_of_a_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "restored" / "config.json").read_bytes() == (directory / "config.json").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=hf.DF11Config(mode="fused"))
     assert is_fused(model)
+    plain = hf.load(directory, "cpu")
+    fuse_(plain)
+    with pytest.raises(CompressedModelError, match="not stored"):
+        plain.save_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="quick"):
         hf.DF11Config(mode="quick")
     with pytest.raises(ValueError, match="quick"):

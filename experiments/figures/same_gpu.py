@@ -1,4 +1,5 @@
-"""Fig. 10: BF16 against DF11 where both fit: decoding and prompt over batch sizes, DF11's ablation, and what was published."""
+"""Fig. 10: BF16 against DF11 where both fit: decoding and prompt over batch sizes and DF11's ablation, a row a GPU, and what was
+published."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, load, published
 
@@ -19,17 +21,20 @@ KERNELS = {"fast": BLUE, "cpu": BLUE, "paper": GREEN, "released": ORANGE}
 
 def draw(results: Path) -> Figure:
     rows = load(results, "same_gpu")
-    (model,), gpu = rows["model"].unique(), rows["gpu"].iloc[-1]  # the one measured last
-    rows = rows[rows["gpu"] == gpu]
-    figure, axes = plt.subplots(2, 2, figsize=(7.2, 6.2))
-    where = f"{model}, {gpu if gpu != '-' else 'CPU'}"
-    curves(axes[0, 0], rows, "decode", f"Decoding: {where}")
-    curves(axes[0, 1], rows, "prefill", "Prompts, the same")
-    ablation(axes[1, 0], rows)
+    (model,), gpus = rows["model"].unique(), rows["gpu"].unique()
+    figure, axes = plt.subplots(len(gpus) + 1, 3, figsize=(9.6, 3.2 * (len(gpus) + 1)))
+    for (decoding, prompts, bars), gpu in zip(axes, gpus, strict=False):
+        own = rows[rows["gpu"] == gpu]
+        where = gpu if gpu != "-" else "CPU"
+        curves(decoding, own, "decode", f"Decoding, {model}\n{where}")
+        curves(prompts, own, "prefill", f"Prompts, {model}\n{where}")
+        ablation(bars, own, where)
     paper = published(results, "same_gpu")
     for codec, column in (("bf16", "bf16_tokens_per_s"), ("dfloat11", "df11_tokens_per_s")):
-        axes[1, 1].plot(paper["batch_size"], paper[column], color=COLOURS[codec], marker=".", label=LABELS[codec])
-    finish(axes[1, 1], f"Published: {paper['model'].iloc[0]}, {paper['gpus'].iloc[0]}")
+        axes[-1, 0].plot(paper["batch_size"], paper[column], color=COLOURS[codec], marker=".", label=LABELS[codec])
+    finish(axes[-1, 0], f"Published, {paper['model'].iloc[0]}\n{paper['gpus'].iloc[0]}")
+    for axis in axes[-1, 1:]:
+        axis.set_visible(False)
     return figure
 
 
@@ -47,7 +52,7 @@ def curves(axis: Axes, rows: pd.DataFrame, phase: str, title: str) -> None:
     finish(axis, title)
 
 
-def ablation(axis: Axes, rows: pd.DataFrame) -> None:
+def ablation(axis: Axes, rows: pd.DataFrame, where: str) -> None:
     """Milliseconds a step at the smallest batch, and decompression alone."""
     steps = rows[rows["metric"] == "ms_per_step"].astype({"batch_size": int})
     steps = steps[steps["batch_size"] == steps["batch_size"].min()]
@@ -65,13 +70,22 @@ def ablation(axis: Axes, rows: pd.DataFrame) -> None:
     for y, value in enumerate(values):
         axis.text(value, y, f" {value:.1f}", va="center", fontsize=6)
     axis.invert_yaxis()
+    axis.tick_params(labelsize=7)
     axis.tick_params(axis="y", length=0, labelsize=6)
     axis.set_xlim(0, 1.15 * max(values))
     axis.set_xlabel("ms a step")
-    axis.set_title(f"Batch {steps['batch_size'].min()}, {'CUDA graph' if launch == 'graph' else 'eager'}", fontsize=8)
+    smallest, how = steps["batch_size"].min(), "CUDA graph" if launch == "graph" else "eager"
+    axis.set_title(f"Batch {smallest}, {how}\n{where}", fontsize=7)
 
 
 def finish(axis: Axes, title: str) -> None:
-    axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel="tokens/s")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_minor_locator(NullLocator())
+        one.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.tick_params(labelsize=7)
+    axis.set(xlabel="batch size", ylabel="tokens/s")
     axis.set_title(title, fontsize=7)
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, handlelength=3)
