@@ -125,8 +125,8 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
                 bias = None if layer.bias is None else layer.bias.detach()
                 setattr(parent, name, FusedLinear(stored[key], bias, [layer.out_features]).eval())
             count += 1
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # the kernels begin before what comes before them has ended: the arrays must be there
+    for device in {buffer.device for buffer in model.buffers() if buffer.is_cuda}:
+        torch.cuda.synchronize(device)  # the kernels begin before what comes before them has ended: the arrays must be there
     return count
 
 
