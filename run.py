@@ -38,9 +38,8 @@ def main() -> int:
             settings = HydraConfig.get()
             several = settings.mode == RunMode.MULTIRUN
             number, sweep = (settings.job.num, Path(settings.sweep.dir).name) if several else (0, "")
-            record(
-                lost := Outcome(str(cfg.experiment), str(cfg.model.name), "failed", detail="it did not end"), Path(ended), number
-            )
+            name = str(cfg.compare or cfg.experiment)
+            record(lost := Outcome(name, str(cfg.model.name), "failed", detail="it did not end"), Path(ended), number)
             try:
                 runner.refuse_dropped_sweep(settings)
                 outcome = runner.run(cfg, Config, EXPERIMENTS, sweep)

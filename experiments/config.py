@@ -89,6 +89,8 @@ class Config:
     preflight: bool = False  # say what would be needed; run nothing
     promote: bool = False  # copy the rows to results/<experiment>.csv
     promote_anyway: bool = False  # also from a changed tree, also across GPUs
+    compare: str | None = None  # an experiment: lay its finished runs beside the committed rows; measure nothing
+    compare_csv: str | None = None  # write that comparison to this file too
     one_gpu: bool = False  # each process takes a GPU of the machine for itself
     results_dir: str = "results"
     cache_dir: str | None = None  # models; null: $DF11_CACHE or the user's cache

@@ -16,7 +16,7 @@ class Outcome:
 
     experiment: str
     model: str
-    state: str  # ok | skipped | failed | checked
+    state: str  # ok | skipped | failed | checked | compared
     folder: str = ""
     detail: str = ""
 

@@ -78,6 +78,15 @@ def gpu_name(device: str) -> tuple[str, int]:
     return torch.cuda.get_device_name(), torch.cuda.device_count()
 
 
+def cuda_version(device: str) -> str:
+    """The CUDA that torch was built with."""
+    if device == "cpu":
+        return ""
+    import torch
+
+    return torch.version.cuda or ""
+
+
 def gpu_state(device: str) -> str:
     """Driver, clocks, temperature and power as nvidia-smi has them now."""
     if device == "cpu":

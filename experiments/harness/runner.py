@@ -23,11 +23,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.harness import gpus, preflight, provenance, sinks
-from experiments.harness.api import SCHEMA, did_you_mean
+from experiments.harness.api import NOT_APPLICABLE, SCHEMA, did_you_mean
+from experiments.harness.compare import compare
 from experiments.harness.outcomes import Outcome
 from experiments.harness.store import Journal, ResultError, complete, promote, read_csv, to_csv, write_atomically
 
 PEERS = ("dfloat11", "nvidia-libnvcomp-cu13", "lm-eval")  # measured too where they are installed
+COMMITTED = provenance.ROOT / "results"  # what compare=... compares with, wherever results_dir is
 SEMANTIC = ("experiment", "model", "codec", "bench", "eval", "device", "seed")  # the part of a config that decides a result
 
 
@@ -60,9 +62,14 @@ def find(name: str | None, experiments: Mapping[str, str]) -> ModuleType:
     if name is None:
         listed = "\n".join(f"  python run.py experiment={known}" for known in experiments)
         raise UsageError(f"choose an experiment:\n{listed}")
+    return importlib.import_module(_known(name, experiments))
+
+
+def _known(name: str, experiments: Mapping[str, str]) -> str:
+    """The path of the experiment's module."""
     if name not in experiments:
         raise UsageError(f"no experiment {name!r}{did_you_mean(name, experiments)}")
-    return importlib.import_module(experiments[name])
+    return experiments[name]
 
 
 def run_id(config: Any, module: ModuleType, gpu: str) -> str:
@@ -95,6 +102,8 @@ def imported(path: Path) -> set[Path]:
 def run(config: Any, schema: type, experiments: Mapping[str, str], group: str = "") -> Outcome:
     """Run one config. Errors of the experiment end in ERROR.txt and a failed Outcome; errors of use raise UsageError."""
     cfg = typed(config, schema)
+    if cfg.compare is not None:
+        return _compare(cfg, experiments)
     module = find(cfg.experiment, experiments)
     results = Path(cfg.results_dir)
     if cfg.preflight:
@@ -127,6 +136,16 @@ def run(config: Any, schema: type, experiments: Mapping[str, str], group: str = 
     return outcome
 
 
+def _compare(cfg: Any, experiments: Mapping[str, str]) -> Outcome:
+    _known(cfg.compare, experiments)
+    results, csv = Path(cfg.results_dir), Path(cfg.compare_csv) if cfg.compare_csv else None
+    try:
+        lines = compare(results, COMMITTED, cfg.compare, csv)
+    except ResultError as error:
+        raise UsageError(str(error)) from error
+    return Outcome(cfg.compare, NOT_APPLICABLE, "compared", str(csv or results / "runs" / cfg.compare), f"{lines} lines")
+
+
 def _source() -> dict[str, Any]:
     try:
         return provenance.source()
@@ -149,6 +168,7 @@ def _measure(cfg: Any, module: ModuleType, fixed: dict[str, Any], folder: Path, 
         "config": {name: value for name, value in asdict(cfg).items() if name in SEMANTIC},
         "machine": provenance.machine(),
         "gpu": fixed["gpu"],
+        "cuda": provenance.cuda_version(cfg.device.name),
         "gpu_before": provenance.gpu_state(cfg.device.name),
         "resumed_after_points": resumed,
         "start": provenance.now(),

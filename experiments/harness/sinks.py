@@ -13,14 +13,15 @@ from rich.table import Table
 
 def show(table: pd.DataFrame, title: str) -> None:
     """A table a person can read."""
-    # Piped output keeps whole lines; a terminal may fold them.
-    console = Console(width=None if sys.stdout.isatty() else 160)
     out = Table(title=title, title_justify="left", header_style="bold")
     for column in table.columns:
-        out.add_column(str(column), justify="right" if pd.api.types.is_numeric_dtype(table[column]) else "left")
+        number = pd.api.types.is_numeric_dtype(table[column])
+        out.add_column(str(column), justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in table.itertuples(index=False):
         out.add_row(*[_cell(value) for value in row])
-    console.print(out)
+    # Piped output keeps whole lines; a terminal may fold them, but no number.
+    whole = Console(width=10_000).measure(out).maximum
+    Console(width=None if sys.stdout.isatty() else max(160, whole)).print(out)
 
 
 def _cell(value: Any) -> str:
