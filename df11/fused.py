@@ -125,9 +125,15 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
                 bias = None if layer.bias is None else layer.bias.detach()
                 setattr(parent, name, FusedLinear(stored[key], bias, [layer.out_features]).eval())
             count += 1
+    if hasattr(model, "tie_weights"):
+        model.__dict__["tie_weights"] = _tied_already  # transformers' looks for parameters
     for device in {buffer.device for buffer in model.buffers() if buffer.is_cuda}:
         torch.cuda.synchronize(device)  # the kernels begin before what comes before them has ended: the arrays must be there
     return count
+
+
+def _tied_already(*arguments: object, **named: object) -> None:
+    """Tied layers share what is stored; nothing else is to be done."""
 
 
 def weights_of(layer: nn.Module) -> torch.Tensor | None:

@@ -76,10 +76,14 @@ def test_experts_stay_in_the_published_layout() -> None:
     assert (model(IDS).logits.float() - expected).norm() < 0.02 * expected.norm()
 
 
+@torch.inference_mode()
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     model = hf.load(build(tmp_path / "original", "llama tied"), "cpu")
     fuse_(model)
     assert model.lm_head.stored is model.model.embed_tokens.stored
+    logits = model(IDS).logits
+    model.tie_weights()  # as lm-eval does
+    assert same(model(IDS).logits, logits)
     assert modules.stored_bytes(model)["host"] < 0.8 * sum(p.nbytes for p in hf.load(tmp_path / "original", "cpu").parameters())
 
 
