@@ -8,7 +8,7 @@ NEEDED_GB := 5
 KERNELS := $(basename $(notdir $(wildcard kernels/*.cu)))
 ARCHS := sm_80 sm_90
 
-.PHONY: help run test lint figures paper kernels gpu-test clean
+.PHONY: help run test lint figures notebooks paper kernels gpu-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +26,10 @@ lint: .venv/installed  ## ruff and mypy
 
 figures: .venv/installed  ## redraw every figure from results/
 	$(PY) -m experiments.figures
+
+notebooks: .venv/installed  ## run the notebooks; with what they show they go to notebooks/executed
+	@mkdir -p notebooks/executed
+	$(PY) -m jupyter execute --output=executed/{notebook_name} notebooks/*.ipynb
 
 paper: .venv/installed  ## measure every table and figure, one after another; goes on where it was stopped
 	$(PY) -m experiments.paper

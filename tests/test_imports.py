@@ -1,9 +1,10 @@
 """Who may import whom (docs/architecture.md)."""
 
 import ast
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ HEAVY = ("hydra", "omegaconf", "wandb", "pandas", "matplotlib", "transformers", 
 def imports(path: Path, toplevel: bool = False) -> Iterator[str]:
     """Modules that a file imports, anywhere in it or at its top level only."""
     tree = ast.parse(path.read_text())
-    for node in tree.body if toplevel else ast.walk(tree):
+    yield from imported(tree.body if toplevel else ast.walk(tree))
+
+
+def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -59,6 +64,17 @@ def test_figures_read_tables_only() -> None:
     for path in (ROOT / "experiments" / "figures").glob("*.py"):
         names = [n for n in imports(path) if n.startswith("experiments.")]
         assert all(n.startswith("experiments.figures") for n in names), path
+
+
+def test_notebooks_need_no_torch() -> None:
+    allowed = ("numpy", "pandas", "matplotlib", "IPython", "experiments.figures", "df11.huffman", "df11.reference")
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                source = "".join(line for line in cell["source"] if not line.startswith("%"))
+                for name in imported(ast.walk(ast.parse(source))):
+                    own = name.split(".")[0] in sys.stdlib_module_names or name == "df11"
+                    assert own or any(name == a or name.startswith(f"{a}.") for a in allowed), f"{path}: {name}"
 
 
 @pytest.mark.parametrize("module", ["df11", "df11.sources", "df11.formats.dfloat11", "experiments.figures.style"])
