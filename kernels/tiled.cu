@@ -1,11 +1,11 @@
-// The tiled layout (docs/format.md): y = W x + bias at batch 1 without W ever in memory, and decompression.
+// The tiled layout (docs/format.md): y = x W^T + bias for up to 64 rows of x without W ever in memory, and decompression.
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90 -cubin -o tiled.cubin tiled.cu        (sm_80: the same with -arch=sm_80)
 //
 // A warp takes a run of tiles. The codes of a tile come to shared memory at once; its low bytes and signs, whose places are known
 // ahead, straight to registers, as soon as these are free. One table lookup gives the upper bytes of four weights: two lookups and
-// four byte permutations fill the A operand of an mma.sync. A thread block takes whole rows of tiles, so that sums meet in shared
-// memory and are added in a fixed order: the same bits in every run.
+// four byte permutations fill the A operand of an mma.sync. Sums of several warps meet in shared memory, those of several thread
+// blocks in device memory, and are added in a fixed order: the same bits in every run.
 #include <cuda_bf16.h>
 
 #include <cstdint>
