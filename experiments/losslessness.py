@@ -77,7 +77,9 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
                 different, total = evaluation.sample_mismatches(answered[task], results)
                 rows = [identity | axes | {"metric": "sample_mismatches", "value": different, "unit": "samples"}]
                 rows.append(identity | axes | {"metric": "compared", "value": total, "unit": "samples"})
-                for who, one in ((original | axes | {"granularity": "-"}, answered[task]), (identity | axes, results)):
+                # The original's scores stand once, with the first mode.
+                sides = [(original | axes | {"granularity": "-"}, answered[task])] if mode == modes[0] else []
+                for who, one in [*sides, (identity | axes, results)]:
                     values = evaluation.scores(one)
                     rows += [who | {"metric": name, "value": values[name], "unit": evaluation.UNITS[name]} for name in values]
                 yield Point(key(task, mode), rows, about)
@@ -204,7 +206,6 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> int:
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     """What was compared, how much of it differs, and the scores of both."""
     index = ["mode", "launch", "phase", "task", "granularity", "batch_size"]
-    rows = rows.drop_duplicates([*index, "codec", "metric"])  # the original's scores stand once for each mode
     compared = rows[rows["metric"] == "compared"].set_index(index)["value"].rename("compared")
     differ = rows[rows["metric"].str.endswith("mismatches")].set_index(index)["value"].rename("differ")
     out = pd.concat([compared, differ], axis=1).reset_index()

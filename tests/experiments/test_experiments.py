@@ -248,6 +248,7 @@ def test_losslessness_with_lm_eval(rows: Callable[..., pd.DataFrame], monkeypatc
     asked = table[table["phase"] == "lm_eval"]
     assert set(asked["task"]) == {"mmlu_astronomy_fixture", "truthfulqa_mc2_fixture", "c4_fixture"}
     different = asked[asked["metric"] == "sample_mismatches"]
-    assert len(different) == 3 and (different["value"] == 0).all()
+    assert set(different["mode"]) == {"exact", "fused"} and len(different) == 6
+    assert (different[different["mode"] == "exact"]["value"] == 0).all()
     scores = asked[asked["metric"].isin(losslessness.SCORES)].pivot(index="task", columns="codec", values="value")
     assert len(scores) == 3 and (scores["bf16"] == scores["dfloat11"]).all()
