@@ -51,7 +51,11 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     if key not in table:
         if torch.cuda.is_current_stream_capturing():
             return "fused" if bucket <= min(tiled_gpu.PRODUCTS) else "decompress"
-        table[key] = {name: seconds for name, way in ways.items() if (seconds := _seconds(way, x.device))}
+        try:
+            found = {name: seconds for name, way in ways.items() if (seconds := _seconds(way, x.device))}
+        except torch.OutOfMemoryError:  # to measure takes room for the weights decompressed
+            return "fused"
+        table[key] = found
         _save(x.device.index)
     return min(table[key], key=table[key].__getitem__)
 
@@ -90,13 +94,14 @@ def _seconds(way: Callable[[], torch.Tensor], device: torch.device) -> float | N
     except ValueError:
         return None
     samples = []
+    stream = torch.cuda.current_stream(device)  # of a GPU that need not be the current one
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(FLUSHES):
             flush.zero_()
-        start.record()
+        start.record(stream)
         way()
-        end.record()
+        end.record(stream)
         end.synchronize()
         samples.append(start.elapsed_time(end) / 1e3)
     return float(statistics.median(samples))

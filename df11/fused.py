@@ -51,20 +51,23 @@ class FusedLinear(nn.Module):
         self.kept: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # the input, and the others' outputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own, *others = self.parts(x)
+        if others:
+            self.kept = x, others
+        return own
+
+    def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of all layers that it stands for."""
         if self.training:
             raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
         if x.dtype != torch.bfloat16:
             raise CompressedModelError(f"the compressed weights are bf16, the input is {x.dtype}: keep the model in torch.bfloat16")
         y = dispatch.linear(self.stored.get(), x, self.bias)
-        if len(self.sizes) == 1:
-            return y
-        parts: list[torch.Tensor] = list(y.split(self.sizes, -1))  # type: ignore[no-untyped-call]
-        self.kept = x, parts[1:]
-        return parts[0]
+        return list(y.split(self.sizes, -1))  # type: ignore[no-untyped-call]
 
 
 class FollowingLinear(nn.Module):
-    """A linear layer that a FusedLinear before it has computed."""
+    """A linear layer that a FusedLinear before it has computed, if it had the same input (in cross-attention it has not)."""
 
     def __init__(self, leader: FusedLinear, index: int) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class FollowingLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kept = self.leader.kept
         if kept is None or kept[0] is not x:
-            raise CompressedModelError("merged layers had other inputs, or were called in another order: fuse_(model, merge=False)")
+            return self.leader.parts(x)[self.index]
         if self.index == len(self.leader.sizes) - 1:
             self.leader.kept = None
         return kept[1][self.index - 1]
@@ -106,6 +109,8 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
             biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
             bias = torch.cat(biases) if biases else None
             leader = FusedLinear(Stored(weight), bias, [layer.out_features for layer in layers])
+            for one in layers:
+                _drop(one)
             setattr(parent, names[0], leader.eval())
             for index, name in enumerate(names[1:], 1):
                 setattr(parent, name, FollowingLinear(leader, index).eval())
@@ -123,6 +128,7 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
                 _fuse_embedding(layer, stored[key])
             else:
                 bias = None if layer.bias is None else layer.bias.detach()
+                _drop(layer)
                 setattr(parent, name, FusedLinear(stored[key], bias, [layer.out_features]).eval())
             count += 1
     if hasattr(model, "tie_weights"):
@@ -170,26 +176,60 @@ def _dense(layer: nn.Module) -> torch.Tensor:
     return layer.get_parameter("weight").detach()
 
 
-def _fuse_embedding(layer: nn.Embedding, stored: Stored) -> None:
-    """The class and its forward stay, so a scaled embedding stays one: for a call it gets the rows that it needs as its weights."""
+def _drop(layer: nn.Module) -> None:
+    """Let go of a layer's weights: hooks and the layer refer to each other, so they would stay until Python looks for cycles."""
     if compressed := layer.__dict__.get("_df11", {}).pop("weight", None):
         for part in compressed.arrays if compressed.module is layer else ():
             layer._buffers.pop(compressed.array_name(part), None)
     layer._parameters.pop("weight", None)
+
+
+def _fuse_embedding(layer: nn.Embedding, stored: Stored) -> None:
+    """The class and its forward stay, so a scaled embedding stays one: for a call it gets the rows that it needs as its weights,
+    or, where its forward is no look-up of its first argument, all of them."""
+    _drop(layer)
     layer.add_module("stored", stored)
     layer.padding_idx = None  # matters for gradients only, and has no place among the rows of a call
+    layer.__dict__["_df11_by_rows"] = type(layer).forward is nn.Embedding.forward or _looks_up(layer)
+    layer.register_forward_pre_hook(_enter_embedding)
+    layer.register_forward_hook(_leave_embedding, always_call=True)
 
-    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids, *others = arguments
-        weight = stored.get()
-        if ids.numel() * 16 >= weight.shape[0]:  # a tile has sixteen rows
-            module.__dict__["weight"] = weight.decompress()
-            return arguments
-        module.__dict__["weight"] = weight.rows(ids.reshape(-1))
-        return (torch.arange(ids.numel(), device=ids.device).view(ids.shape), *others)
 
-    def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        module.__dict__.pop("weight", None)
+def _stored(layer: nn.Module) -> Stored:
+    found = layer.get_submodule("stored")
+    assert isinstance(found, Stored)
+    return found
 
-    layer.register_forward_pre_hook(enter)
-    layer.register_forward_hook(leave, always_call=True)
+
+@torch.no_grad()
+def _looks_up(layer: nn.Embedding) -> bool:
+    """Whether rows and ids that count up from 0 give a subclass's forward what all rows and the ids themselves do."""
+    weight = _stored(layer).get()
+    ids = torch.tensor([[weight.shape[0] - 1, 0, weight.shape[0] // 2]], device=weight.low.device)
+    found = []
+    try:
+        for weights, asked in (
+            (weight.decompress(), ids),
+            (weight.rows(ids.reshape(-1)), torch.arange(3, device=ids.device).view(1, 3)),
+        ):
+            layer.__dict__["weight"] = weights
+            found.append(layer.forward(asked))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    finally:
+        layer.__dict__.pop("weight", None)
+    return torch.equal(*found)
+
+
+def _enter_embedding(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    ids, *others = arguments
+    weight = _stored(module).get()
+    if not module.__dict__["_df11_by_rows"] or ids.numel() * 16 >= weight.shape[0]:  # a tile has sixteen rows
+        module.__dict__["weight"] = weight.decompress()
+        return arguments
+    module.__dict__["weight"] = weight.rows(ids.reshape(-1).long())
+    return (torch.arange(ids.numel(), device=ids.device).view(ids.shape), *others)
+
+
+def _leave_embedding(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    module.__dict__.pop("weight", None)

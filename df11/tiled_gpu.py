@@ -1,7 +1,7 @@
 """The kernels of kernels/tiled.cu on a GPU: product, decompression and single rows of a matrix in the tiled layout.
 
 Arguments as the operators of df11/tiled_ops.py take them. The weights' arrays are trusted to fit each other (`Tiled.check`), and
-must not be written by the kernel before on the same stream: these kernels begin while that one ends.
+must not be written by the last other kernel on the same stream: these kernels begin while those before them end.
 """
 
 from __future__ import annotations
@@ -199,6 +199,7 @@ def linear(
         raise ValueError(f"x: {batch} rows of {columns} columns: only single rows may have columns that are not in fours")
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,) or bias.device != x.device):
         raise ValueError(f"bias: {bias.dtype}{list(bias.shape)} on {bias.device}, needed torch.bfloat16[{rows}] on {x.device}")
+    bias = None if bias is None else bias.contiguous()
     x = x.contiguous()
     if x.data_ptr() % 8:
         x = x.clone()
@@ -206,7 +207,7 @@ def linear(
     matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, rows, columns)
     kernels = _kernels(index)
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
-    bias_at = 0 if bias is None else bias.contiguous().data_ptr()
+    bias_at = 0 if bias is None else bias.data_ptr()
     arguments = (matrix, x.data_ptr(), bias_at, y.data_ptr())
     if batch == 1:
         blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room)
