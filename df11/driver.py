@@ -68,9 +68,6 @@ class Module:
         _call("cuMemcpyDtoH_v2", ctypes.byref(value), address, ctypes.c_size_t(4))
         return value.value
 
-    def unload(self) -> None:
-        _call("cuModuleUnload", self._handle)
-
 
 def launch(
     function: ctypes.c_void_p,

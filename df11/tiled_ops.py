@@ -10,7 +10,9 @@ the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,21 +33,12 @@ torch.library.impl("df11::tiled_decompress", "CUDA")(tiled_gpu.decompress)
 torch.library.impl("df11::tiled_rows", "CUDA")(tiled_gpu.rows)
 
 
+# Below, `given` is what follows in the operator's signature: the six arrays and uppers, then rows and columns.
+
+
 @torch.library.register_fake("df11::tiled_linear")
-def _linear_fake(
-    x: torch.Tensor,
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    rows: int,
-    columns: int,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
+def _linear_fake(x: torch.Tensor, *given: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], given[7])
 
 
 @torch.library.register_fake("df11::tiled_decompress")
@@ -54,72 +47,30 @@ def _decompress_fake(*given: object) -> None:
 
 
 @torch.library.register_fake("df11::tiled_rows")
-def _rows_fake(
-    ids: torch.Tensor,
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
-    return low.new_empty(*ids.shape, columns, dtype=torch.bfloat16)
+def _rows_fake(ids: torch.Tensor, *given: Any) -> torch.Tensor:
+    return ids.new_empty(*ids.shape, given[8], dtype=torch.bfloat16)
 
 
 @torch.library.impl("df11::tiled_linear", "CPU")
-def _linear_cpu(
-    x: torch.Tensor,
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    rows: int,
-    columns: int,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    weights = TiledWeight((rows, columns), low, sign, stream, tiles, patches, table, uppers).to_unit()
-    (decoded,) = Tiled(threads=1).decode(weights)
-    y = torch.nn.functional.linear(x.float(), decoded.float(), None if bias is None else bias.float())
-    return y.to(torch.bfloat16)
+def _linear_cpu(x: torch.Tensor, *given: Any) -> torch.Tensor:
+    bias = given[9] if len(given) > 9 else None
+    weights = _decoded(given[:7], given[7:9]).float()
+    return torch.nn.functional.linear(x.float(), weights, None if bias is None else bias.float()).to(torch.bfloat16)
 
 
 @torch.library.impl("df11::tiled_decompress", "CPU")
-def _decompress_cpu(
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    out: torch.Tensor,
-) -> None:
-    rows, columns = out.shape
-    unit = TiledWeight((rows, columns), low, sign, stream, tiles, patches, table, uppers).to_unit()
-    out.copy_(Tiled(threads=1).decode(unit)[0])
+def _decompress_cpu(*given: Any) -> None:
+    given[7].copy_(_decoded(given[:7], given[7].shape))
 
 
 @torch.library.impl("df11::tiled_rows", "CPU")
-def _rows_cpu(
-    ids: torch.Tensor,
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
-    unit = TiledWeight((rows, columns), low, sign, stream, tiles, patches, table, uppers).to_unit()
-    return Tiled(threads=1).decode(unit)[0][ids]
+def _rows_cpu(ids: torch.Tensor, *given: Any) -> torch.Tensor:
+    return _decoded(given[:7], given[7:9])[ids]
+
+
+def _decoded(matrix: Sequence[Any], shape: Sequence[int]) -> torch.Tensor:
+    (weights,) = Tiled(threads=1).decode(TiledWeight((shape[0], shape[1]), *matrix).to_unit())
+    return weights
 
 
 @dataclass(frozen=True)
