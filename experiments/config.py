@@ -72,7 +72,8 @@ class LoggerConfig:
     name: str = "console"  # console | wandb
     project: str = "df11"
     mode: str = "offline"  # offline | online
-    timeout_s: int = 20  # online: after this the run is kept offline
+    timeout_s: int = 20  # to wait for the server, online; after that the run is kept offline
+    system_metrics_s: float = 5  # between samples of the system's metrics
 
 
 @dataclass

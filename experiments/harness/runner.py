@@ -22,7 +22,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.harness import gpus, preflight, provenance, sinks
+from experiments.harness import gpus, preflight, provenance, sinks, tracking
 from experiments.harness.api import NOT_APPLICABLE, SCHEMA, did_you_mean
 from experiments.harness.compare import compare
 from experiments.harness.outcomes import Outcome
@@ -127,12 +127,13 @@ def run(config: Any, schema: type, experiments: Mapping[str, str], group: str = 
         source = _source()
         if cfg.promote and source["dirty"] and not cfg.promote_anyway:
             raise UsageError("promote=true, but the tree has uncommitted changes: commit first, or promote_anyway=true")
-        if (folder / "DONE").exists() and not cfg.force:
-            outcome = Outcome(cfg.experiment, cfg.model.name, "skipped", str(folder), "done before; force=true runs it again")
-        else:
-            outcome = _measure(cfg, module, fixed, folder, source)
-        if outcome.state in ("ok", "skipped"):
-            _present(cfg, module, results, folder, group)
+        with tracking.mirror(cfg.logger, folder, group or cfg.experiment, asdict(cfg)) as log:
+            if (folder / "DONE").exists() and not cfg.force:
+                outcome = Outcome(cfg.experiment, cfg.model.name, "skipped", str(folder), "done before; force=true runs it again")
+            else:
+                outcome = _measure(cfg, module, fixed, folder, source)
+            if outcome.state in ("ok", "skipped"):
+                log(*_present(cfg, module, results, folder))
     return outcome
 
 
@@ -205,7 +206,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _present(cfg: Any, module: ModuleType, results: Path, folder: Path, group: str) -> None:
+def _present(cfg: Any, module: ModuleType, results: Path, folder: Path) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    """Show a finished run and promote it if asked; its rows and its short table."""
     rows = read_csv(folder / "rows.csv")
     table = module.table(pd.DataFrame(rows), cfg)
     sinks.show(table, f"{cfg.experiment}, {cfg.model.name} ({rows[0]['weights']} weights)")
@@ -217,8 +219,7 @@ def _present(cfg: Any, module: ModuleType, results: Path, folder: Path, group: s
         for change in changes:
             print(f"replaced: {change}")
         print(f"promoted to {results / cfg.experiment}.csv")
-    if cfg.logger.name == "wandb":
-        sinks.mirror_to_wandb(cfg.logger, folder, group or cfg.experiment, asdict(cfg), rows, table)
+    return rows, table
 
 
 def refuse_dropped_sweep(hydra: Any) -> None:

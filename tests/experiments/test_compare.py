@@ -7,30 +7,22 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
 from experiments.config import Config
-from experiments.harness import compare, provenance, runner, store
+from experiments.harness import compare, runner, store
 from experiments.harness.api import Point
 from experiments.harness.outcomes import Outcome
 from tests.experiments import toy as toy_module
 
 ROOT = Path(__file__).parents[2]
-TOY = {"toy": "tests.experiments.toy"}
 H100, H200, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100"
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Runs the toy from a clean tree; the folder of its results holds the committed tables too."""
-    monkeypatch.setattr(provenance, "source", lambda: {"sha": "a" * 40, "dirty": False, "tree": "t"})
+def toy(toy: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """The folder of its results holds the committed tables too."""
     monkeypatch.setattr(runner, "COMMITTED", tmp_path)
-
-    def run(**changes: Any) -> Outcome:
-        base = {"experiment": "toy", "model": {"name": "m"}, "bench": {"repeats": 3}, "results_dir": str(tmp_path)}
-        return runner.run(OmegaConf.merge(base, changes), Config, TOY)
-
-    return run
+    return toy
 
 
 def record(gpu: str = "-", **changes: Any) -> dict[str, Any]:

@@ -11,28 +11,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.config import Config
 from experiments.harness import memory, outcomes, provenance, runner, store, timing
 from experiments.harness.api import Point, did_you_mean
 from experiments.harness.outcomes import Outcome
+from tests.experiments.toy import CLEAN, TOY
 
 ROOT = Path(__file__).parents[2]
-TOY = {"toy": "tests.experiments.toy"}
-CLEAN = {"sha": "a" * 40, "dirty": False, "tree": "t"}
-
-
-@pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Runs the toy from a clean tree."""
-    monkeypatch.setattr(provenance, "source", lambda: CLEAN)
-
-    def run(**changes: Any) -> Outcome:
-        base = {"experiment": "toy", "model": {"name": "m"}, "bench": {"repeats": 3}, "results_dir": str(tmp_path)}
-        return runner.run(OmegaConf.merge(base, changes), Config, TOY)
-
-    return run
 
 
 # Runs: done, skipped, resumed, failed.
@@ -267,25 +254,3 @@ def test_peak_memory_sees_an_allocation_and_its_reset() -> None:
     del block
     memory.reset_peak()
     assert memory.peak() < high - (64 << 20)
-
-
-# The mirror.
-
-
-@pytest.mark.slow
-def test_wandb_mirrors_offline_without_an_account(toy: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    outcome = toy(logger={"name": "wandb"})
-    assert outcome.state == "ok"
-    (kept,) = Path(outcome.folder).glob("wandb/offline-run-*/*.wandb")
-    assert b"whole" in kept.read_bytes()
-
-
-@pytest.mark.slow
-def test_wandb_with_a_key_but_no_network_does_not_block(toy: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    start = time.monotonic()
-    outcome = toy(logger={"name": "wandb", "mode": "online", "timeout_s": 5})
-    assert outcome.state == "ok" and time.monotonic() - start < 60
-    assert list(Path(outcome.folder).glob("wandb/offline-run-*/*.wandb"))

@@ -11,6 +11,8 @@ import pandas as pd
 from experiments.config import Config
 from experiments.harness.api import Need, Point
 
+TOY = {"toy": "tests.experiments.toy"}
+CLEAN = {"sha": "a" * 40, "dirty": False, "tree": "t"}  # a provenance.source()
 AXES = ("n",)
 
 
@@ -39,4 +41,4 @@ if __name__ == "__main__":
     from experiments.harness import outcomes, runner
 
     cfg = OmegaConf.create({"experiment": "toy", "model": {"name": "m"}, "bench": {"repeats": 30}, "results_dir": sys.argv[1]})
-    sys.exit(outcomes.report([runner.run(cfg, Config, {"toy": "tests.experiments.toy"})]))
+    sys.exit(outcomes.report([runner.run(cfg, Config, TOY)]))
