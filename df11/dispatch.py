@@ -1,7 +1,7 @@
 """Which way a linear layer in the tiled layout is computed: fused, or decompressed and then by cuBLAS, by a table measured once.
 
 The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash of the kernels>.json`: "rows x columns, rows of x" to the
-seconds of each way. $DF11_DISPATCH names another file, whose entries count as they are.
+seconds of each way. $DF11_DISPATCH names another file: its entries count as they are, and what it lacks is added to it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     if not x.is_cuda:
         return "fused" if batch == 1 else "decompress"
     bucket = 1 if batch == 1 else min(size for size in tiled_gpu.PRODUCTS if size >= batch)
-    table, key = _table(x.device.index), f"{weight.shape[0]} x {weight.shape[1]}, {bucket}"
+    table, key = _table(path(x.device.index)), f"{weight.shape[0]} x {weight.shape[1]}, {bucket}"
     if key not in table:
         if torch.cuda.is_current_stream_capturing():
             return "fused" if bucket <= min(tiled_gpu.PRODUCTS) else "decompress"
@@ -56,30 +56,33 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
         except torch.OutOfMemoryError:  # to measure takes room for the weights decompressed
             return "fused"
         table[key] = found
-        _save(x.device.index)
+        _save(path(x.device.index))
     return min(table[key], key=table[key].__getitem__)
 
 
 def path(index: int) -> Path:
     """Where the table of a GPU is."""
-    if named := os.environ.get("DF11_DISPATCH"):
-        return Path(named)
+    named = os.environ.get("DF11_DISPATCH")
+    return Path(named) if named else _default_path(index)
+
+
+@functools.cache
+def _default_path(index: int) -> Path:
     version = hashlib.sha256((gpu.SOURCES / "tiled.cu").read_bytes()).hexdigest()[:12]
     name = torch.cuda.get_device_properties(index).name.replace(" ", "-")
     return default_cache() / "dispatch" / f"{name}-{version}.json"
 
 
 @functools.cache
-def _table(index: int) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = json.loads(path(index).read_text()) if path(index).exists() else {}
+def _table(file: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
     return found
 
 
-def _save(index: int) -> None:
-    file = path(index)
+def _save(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(_table(index), indent=1) + "\n")
+    partial.write_text(json.dumps(_table(file), indent=1) + "\n")
     partial.replace(file)
 
 

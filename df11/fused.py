@@ -8,6 +8,7 @@ differ in their last bits from those of mode=exact.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -62,7 +63,9 @@ class FusedLinear(nn.Module):
             raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
         if x.dtype != torch.bfloat16:
             raise CompressedModelError(f"the compressed weights are bf16, the input is {x.dtype}: keep the model in torch.bfloat16")
-        y = dispatch.linear(self.stored.get(), x, self.bias)
+        weight = self.stored.get()
+        # Of a model on several GPUs accelerate's hooks brought inputs here; they went with the layer that this one replaces.
+        y = dispatch.linear(weight, x.to(weight.low.device), self.bias)
         return list(y.split(self.sizes, -1))  # type: ignore[no-untyped-call]
 
 
@@ -94,6 +97,12 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
     merge: compute q, k and v, and gate and up, by one product where a module has all of them. What has another class, or would
     not get smaller, stays as it is; call `attach` afterwards for what is compressed in the published layout.
     """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise CompressedModelError(
+                f"{name} is offloaded, but mode=fused needs all weights in place: take mode='exact', "
+                "or a device_map without 'cpu' and 'disk'"
+            )
     stored: dict[int, Stored] = {}  # by the parameter: tied ones are stored once
     count = 0
     for parent in list(model.modules()):
@@ -222,12 +231,13 @@ def _looks_up(layer: nn.Embedding) -> bool:
 
 
 def _enter_embedding(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    ids, *others = arguments
     weight = _stored(module).get()
-    if not module.__dict__["_df11_by_rows"] or ids.numel() * 16 >= weight.shape[0]:  # a tile has sixteen rows
+    # Ids given by name, or so many that they need most tiles, which have sixteen rows.
+    if not module.__dict__["_df11_by_rows"] or not arguments or arguments[0].numel() * 16 >= weight.shape[0]:
         module.__dict__["weight"] = weight.decompress()
         return arguments
-    module.__dict__["weight"] = weight.rows(ids.reshape(-1).long())
+    ids, *others = arguments
+    module.__dict__["weight"] = weight.rows(ids.reshape(-1).to(weight.low.device, torch.int64))
     return (torch.arange(ids.numel(), device=ids.device).view(ids.shape), *others)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ ADD_UP, ADD_UP_BYTES = 4.0, 1_300_000
 ADD_UP_THREADS = 256
 SPREAD = struct.Struct("Piiiii4x")  # tiled::Spread
 SIZES = struct.Struct("iii")
-RULES = {  # dtype, dimensions and alignment
+RULES = {  # of the arrays in their order: dtype, dimensions, alignment
     "low": (torch.uint8, 4, 16),
     "sign": (torch.int32, 3, 4),
     "stream": (torch.uint8, 2, 16),
@@ -146,20 +147,9 @@ def plan_rows(rows: int, columns: int, fragments: int, batch: int, processors: i
     return best[2]
 
 
-def _pack(
-    index: int,
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    rows: int,
-    columns: int,
-) -> tuple[bytes, int]:
+def _pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> tuple[bytes, int]:
     """tiled::Matrix, and the number of fragments. Raises ValueError where dtypes, places or sizes do not fit."""
-    given = {"low": low, "sign": sign, "stream": stream, "tiles": tiles, "patches": patches, "table": table}
+    given = dict(zip(RULES, arrays, strict=True))
     for name, tensor in given.items():
         dtype, dimensions, alignment = RULES[name]
         if tensor.dtype != dtype or tensor.dim() != dimensions or tensor.get_device() != index or not tensor.is_contiguous():
@@ -167,26 +157,17 @@ def _pack(
             raise ValueError(f"{name}: {have}, needed contiguous {dtype} with {dimensions} dimensions on cuda:{index}")
         if tensor.data_ptr() % alignment:
             raise ValueError(f"{name} must start at a multiple of {alignment} bytes")
+    low, sign, tiles = given["low"], given["sign"], given["tiles"]
     fragments = 2 * low.shape[1]
     count = -(-rows // TILE_ROWS) * -(-columns // (16 * fragments)) if fragments else -1
     if low.shape[0] != count or tiles.shape != (count + 1, 2) or sign.shape != (count, fragments // 4, LANES):
         raise ValueError(f"the arrays are not those of a matrix of {rows} x {columns}")
-    addresses = [tensor.data_ptr() for tensor in given.values()]
+    addresses = [tensor.data_ptr() for tensor in arrays]
     return MATRIX.pack(*addresses, uppers, rows, columns, fragments), fragments
 
 
 def linear(
-    x: torch.Tensor,
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    rows: int,
-    columns: int,
-    bias: torch.Tensor | None = None,
+    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x W^T + bias of 1 to MOST_ROWS rows of bf16 x, summed in float32: the same bits in every run.
 
@@ -204,7 +185,7 @@ def linear(
     if x.data_ptr() % 8:
         x = x.clone()
     index = x.get_device()
-    matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, rows, columns)
+    matrix, fragments = _pack(index, arrays, uppers, rows, columns)
     kernels = _kernels(index)
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
     bias_at = 0 if bias is None else bias.data_ptr()
@@ -225,44 +206,24 @@ def linear(
     return y
 
 
-def decompress(
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    out: torch.Tensor,
-) -> None:
+def decompress(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -> None:
     """All weights into `out`, bf16 [rows, columns]."""
     if out.dtype != torch.bfloat16 or out.dim() != 2 or not out.is_contiguous() or out.data_ptr() % 8:
         needed = "contiguous torch.bfloat16 [rows, columns] at a multiple of 8 bytes"
         raise ValueError(f"out: {out.dtype}{list(out.shape)}, needed {needed}")
     index = out.get_device()
-    matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, *out.shape)
+    matrix, fragments = _pack(index, arrays, uppers, *out.shape)
     kernels = _kernels(index)
     warps = min(MOST_WARPS, kernels.room // code_bytes(fragments))
     kernels.launch("tiled_decompress", kernels.device.processors, warps, fragments, 0, matrix, out.data_ptr())
 
 
-def rows(
-    ids: torch.Tensor,
-    low: torch.Tensor,
-    sign: torch.Tensor,
-    stream: torch.Tensor,
-    tiles: torch.Tensor,
-    patches: torch.Tensor,
-    table: torch.Tensor,
-    uppers: int,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
+def rows(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
     """W[ids], bf16 [..., columns]. ids: int64. An id outside of the matrix stops the kernel, as it does torch's."""
     if ids.dtype != torch.int64:
         raise ValueError(f"ids: dtype {ids.dtype}, needed torch.int64")
     index = ids.get_device()
-    matrix, fragments = _pack(index, low, sign, stream, tiles, patches, table, uppers, rows, columns)
+    matrix, fragments = _pack(index, arrays, uppers, rows, columns)
     out = torch.empty(*ids.shape, columns, dtype=torch.bfloat16, device=ids.device)
     if ids.numel():
         ids = ids.contiguous()

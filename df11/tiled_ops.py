@@ -1,10 +1,10 @@
 """torch operators over one matrix in the tiled layout, and the matrix as tensors on one device.
 
-    torch.ops.df11.tiled_linear(x, low, sign, stream, tiles, patches, table, uppers, rows, columns, bias) -> y
-    torch.ops.df11.tiled_decompress(low, sign, stream, tiles, patches, table, uppers, out)
-    torch.ops.df11.tiled_rows(ids, low, sign, stream, tiles, patches, table, uppers, rows, columns) -> W[ids]
+    torch.ops.df11.tiled_linear(x, arrays, uppers, rows, columns, bias) -> y
+    torch.ops.df11.tiled_decompress(arrays, uppers, out)
+    torch.ops.df11.tiled_rows(ids, arrays, uppers, rows, columns) -> W[ids]
 
-The arrays are those of docs/format.md, uint32 as int32; `uppers` are the eight bytes as one integer, the first lowest. On a GPU by
+The arrays are ARRAYS of docs/format.md, uint32 as int32; `uppers` are the eight bytes as one integer, the first lowest. On a GPU by
 the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from df11.formats.tiled import Tiled, TiledCode, TiledMatrix, TiledUnit, make_co
 from df11.formats.tiled_encoder import encode, histogram
 
 MOST_ROWS = tiled_gpu.MOST_ROWS  # of x
-ARRAYS = ("low", "sign", "stream", "tiles", "patches", "table")
-_MATRIX = "Tensor low, Tensor sign, Tensor stream, Tensor tiles, Tensor patches, Tensor table, int uppers"
+ARRAYS = tuple(tiled_gpu.RULES)
+_MATRIX = "Tensor[] arrays, int uppers"
 
 torch.library.define("df11::tiled_linear", f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None) -> Tensor")
 torch.library.define("df11::tiled_decompress", f"({_MATRIX}, Tensor(a!) out) -> ()")
@@ -33,43 +32,43 @@ torch.library.impl("df11::tiled_decompress", "CUDA")(tiled_gpu.decompress)
 torch.library.impl("df11::tiled_rows", "CUDA")(tiled_gpu.rows)
 
 
-# Below, `given` is what follows in the operator's signature: the six arrays and uppers, then rows and columns.
-
-
 @torch.library.register_fake("df11::tiled_linear")
-def _linear_fake(x: torch.Tensor, *given: Any) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], given[7])
+def _linear_fake(
+    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.register_fake("df11::tiled_decompress")
-def _decompress_fake(*given: object) -> None:
+def _decompress_fake(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -> None:
     return None
 
 
 @torch.library.register_fake("df11::tiled_rows")
-def _rows_fake(ids: torch.Tensor, *given: Any) -> torch.Tensor:
-    return ids.new_empty(*ids.shape, given[8], dtype=torch.bfloat16)
+def _rows_fake(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
+    return ids.new_empty(*ids.shape, columns, dtype=torch.bfloat16)
 
 
 @torch.library.impl("df11::tiled_linear", "CPU")
-def _linear_cpu(x: torch.Tensor, *given: Any) -> torch.Tensor:
-    bias = given[9] if len(given) > 9 else None
-    weights = _decoded(given[:7], given[7:9]).float()
+def _linear_cpu(
+    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    weights = _decoded(arrays, uppers, (rows, columns)).float()
     return torch.nn.functional.linear(x.float(), weights, None if bias is None else bias.float()).to(torch.bfloat16)
 
 
 @torch.library.impl("df11::tiled_decompress", "CPU")
-def _decompress_cpu(*given: Any) -> None:
-    given[7].copy_(_decoded(given[:7], given[7].shape))
+def _decompress_cpu(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -> None:
+    out.copy_(_decoded(arrays, uppers, (out.shape[0], out.shape[1])))
 
 
 @torch.library.impl("df11::tiled_rows", "CPU")
-def _rows_cpu(ids: torch.Tensor, *given: Any) -> torch.Tensor:
-    return _decoded(given[:7], given[7:9])[ids]
+def _rows_cpu(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
+    return _decoded(arrays, uppers, (rows, columns))[ids]
 
 
-def _decoded(matrix: Sequence[Any], shape: Sequence[int]) -> torch.Tensor:
-    (weights,) = Tiled(threads=1).decode(TiledWeight((shape[0], shape[1]), *matrix).to_unit())
+def _decoded(arrays: Sequence[torch.Tensor], uppers: int, shape: tuple[int, int]) -> torch.Tensor:
+    (weights,) = Tiled(threads=1).decode(TiledWeight(shape, **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers).to_unit())
     return weights
 
 
@@ -99,8 +98,8 @@ class TiledWeight:
         return weight if weight.nbytes < weights.nbytes else None
 
     @property
-    def arrays(self) -> tuple[torch.Tensor, ...]:
-        return tuple(getattr(self, name) for name in ARRAYS)
+    def arrays(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in ARRAYS]
 
     @property
     def nbytes(self) -> int:
@@ -109,19 +108,19 @@ class TiledWeight:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + bias of up to MOST_ROWS rows, bf16 [..., columns], W never in memory; sums in float32, in an order of its own."""
-        y: torch.Tensor = torch.ops.df11.tiled_linear(x, *self.arrays, self.uppers, *self.shape, bias)
+        y: torch.Tensor = torch.ops.df11.tiled_linear(x, self.arrays, self.uppers, *self.shape, bias)
         return y
 
     def decompress(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weights, bf16 [rows, columns], into `out` where given."""
         if out is None:
             out = torch.empty(self.shape, dtype=torch.bfloat16, device=self.low.device)
-        torch.ops.df11.tiled_decompress(*self.arrays, self.uppers, out)
+        torch.ops.df11.tiled_decompress(self.arrays, self.uppers, out)
         return out
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """W[ids], bf16 [..., columns]. ids: int64 on the device."""
-        found: torch.Tensor = torch.ops.df11.tiled_rows(ids, *self.arrays, self.uppers, *self.shape)
+        found: torch.Tensor = torch.ops.df11.tiled_rows(ids, self.arrays, self.uppers, *self.shape)
         return found
 
     def to_unit(self) -> TiledUnit:

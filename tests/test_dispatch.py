@@ -1,7 +1,10 @@
 """How products of the tiled layout would be launched, and which way is chosen: without a GPU."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +55,80 @@ def test_warps_that_leave_none_idle() -> None:
     assert tiled_gpu.choose_warps(5, 3) == 3
 
 
+class Recorder:
+    """Stands for the kernels of a GPU: keeps what would be launched."""
+
+    overlap, room = True, 197_000
+    device = SimpleNamespace(processors=132)
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+
+    def launch(self, *arguments: Any) -> None:
+        self.launched.append(arguments)
+
+    launch_plain = launch
+
+
+def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = TiledWeight.encode((torch.randn(80, 8192, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16())
+    assert weight is not None
+    recorder = Recorder()
+    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: recorder)
+    place = weight.arrays, weight.uppers, 80, 8192
+    bias = torch.zeros(80).bfloat16()
+    for batch in (1, 16, 64):
+        recorder.launched.clear()
+        x = torch.randn(1, batch, 8192).bfloat16()
+        y = tiled_gpu.linear(x, *place, bias)
+        name, _, _, fragments, _, matrix, *others = recorder.launched[0]
+        assert name == ("tiled_product" if batch == 1 else f"tiled_products_{batch}")
+        assert fragments == 32 and y.shape == (1, batch, 80)
+        pointers = [array.data_ptr() for array in weight.arrays]
+        assert tiled_gpu.MATRIX.unpack(matrix) == (*pointers, weight.uppers, 80, 8192, 32)
+        assert others[:3] == [x.data_ptr(), bias.data_ptr(), y.data_ptr()]
+        if batch > 1:
+            _, asked, splits, *_ = tiled_gpu.SPREAD.unpack(others[3])
+            assert asked == batch and splits > 1 and recorder.launched[1][0] == "tiled_add_up"
+    out = torch.empty(80, 8192).bfloat16()
+    tiled_gpu.decompress(weight.arrays, weight.uppers, out)
+    assert recorder.launched[-1][0] == "tiled_decompress" and recorder.launched[-1][-1] == out.data_ptr()
+    ids = torch.tensor([[3], [1]])
+    assert tiled_gpu.rows(ids, *place).shape == (2, 1, 8192) and recorder.launched[-1][:2] == ("tiled_rows", 2)
+    count = len(recorder.launched)
+    assert tiled_gpu.rows(ids[:0], *place).shape == (0, 1, 8192) and len(recorder.launched) == count
+
+
+def test_what_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = TiledWeight.encode((torch.randn(80, 1002, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16())
+    assert weight is not None
+    recorder = Recorder()
+    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: recorder)
+    x, place = torch.zeros(1, 1002).bfloat16(), (weight.arrays, weight.uppers, 80, 1002)
+    wrong: dict[str, Callable[[], object]] = {
+        "x: torch.float32": lambda: tiled_gpu.linear(x.float(), *place),
+        "of 1 to 64 rows": lambda: tiled_gpu.linear(x.expand(65, -1), *place),
+        "not in fours": lambda: tiled_gpu.linear(x.expand(2, -1), *place),
+        "bias: ": lambda: tiled_gpu.linear(x, *place, torch.zeros(80)),
+        "low: torch.int8": lambda: tiled_gpu.linear(x, [weight.low.view(torch.int8), *weight.arrays[1:]], *place[1:]),
+        "low must start": lambda: tiled_gpu.linear(x, [shifted(weight.low), *weight.arrays[1:]], *place[1:]),
+        "a matrix of 96 x 1002": lambda: tiled_gpu.linear(x, weight.arrays, weight.uppers, 96, 1002),
+        "out: torch.float32": lambda: tiled_gpu.decompress(weight.arrays, weight.uppers, torch.empty(80, 1002)),
+        "ids: dtype torch.int32": lambda: tiled_gpu.rows(torch.zeros(1, dtype=torch.int32), *place),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not recorder.launched
+
+
+def shifted(array: torch.Tensor) -> torch.Tensor:
+    """A copy that starts one byte after a multiple of 16."""
+    memory = torch.empty(array.nbytes + 32, dtype=torch.uint8)
+    start = -memory.data_ptr() % 16 + 1
+    return memory[start : start + array.nbytes].view(array.shape).copy_(array)
+
+
 def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = (torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     weight = TiledWeight.encode(weights)
@@ -85,3 +162,12 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert dispatch.choose(weight, OnGpu(), ways) == "decompress"  # type: ignore[arg-type]
     dispatch._table.cache_clear()
+
+
+def test_opcheck() -> None:
+    weight = TiledWeight.encode((torch.randn(200, 512, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16())
+    assert weight is not None
+    place = weight.arrays, weight.uppers, 200, 512
+    torch.library.opcheck(torch.ops.df11.tiled_linear.default, (torch.randn(2, 512).bfloat16(), *place))
+    torch.library.opcheck(torch.ops.df11.tiled_decompress.default, (weight.arrays, weight.uppers, torch.empty(200, 512).bfloat16()))
+    torch.library.opcheck(torch.ops.df11.tiled_rows.default, (torch.tensor([3, 7]), *place))

@@ -156,6 +156,17 @@ def test_embeddings_that_look_up_something_else() -> None:
     assert fuse_(model) == 1 and isinstance(model[0], Positions)
     for length, wanted in zip((1, 7, 90), expected, strict=True):
         assert same(model(torch.ones(1, length)), wanted)
+    plain = nn.Embedding(400, 256).bfloat16().eval()
+    ids = torch.tensor([3, 1])
+    wanted = plain(ids)
+    assert fuse_(nn.Sequential(plain)) == 1
+    assert same(plain(ids), wanted) and same(plain(input=ids), wanted)
+
+
+def test_offloaded_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(256, 256, device="meta", dtype=torch.bfloat16))
+    with pytest.raises(CompressedModelError, match=r"0\.weight is offloaded.*device_map"):
+        fuse_(model)
 
 
 @torch.inference_mode()

@@ -383,6 +383,8 @@ def test_a_model_over_cpu_and_gpu(llama: tuple[Path, Path]) -> None:
 def test_a_model_over_two_gpus(llama: tuple[Path, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
+    from df11.hf import DF11Config
+
     places = {
         "model.embed_tokens": 0,
         "model.rotary_emb": 0,
@@ -391,10 +393,13 @@ def test_a_model_over_two_gpus(llama: tuple[Path, Path]) -> None:
         "model.norm": 1,
         "lm_head": 1,
     }
-    ids = torch.arange(3, 103).view(2, 50)
+    original, compressed = (AutoModelForCausalLM.from_pretrained(d, device_map=places, dtype=torch.bfloat16) for d in llama)
+    fused = AutoModelForCausalLM.from_pretrained(llama[0], device_map=places, quantization_config=DF11Config(mode="fused"))
     with torch.inference_mode():
-        logits = [AutoModelForCausalLM.from_pretrained(d, device_map=places, dtype=torch.bfloat16)(ids).logits for d in llama]
-    assert same_bits(*logits)
+        for ids in (torch.arange(3, 103).view(2, 50), torch.tensor([[3]])):
+            expected = original(ids).logits
+            assert same_bits(compressed(ids).logits, expected)
+            assert (fused(ids).logits.float() - expected.float()).norm() < 0.02 * expected.float().norm()
 
 
 @pytest.fixture

@@ -182,4 +182,4 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="mode=exact"):
         tiled_gpu.plan(64, 200_000, 32, 132, 200 * 1024)
     with pytest.raises(ValueError, match="not those of a matrix"):
-        torch.ops.df11.tiled_rows(torch.tensor([0], device="cuda"), *weight.arrays, weight.uppers, 80, 512)
+        torch.ops.df11.tiled_rows(torch.tensor([0], device="cuda"), weight.arrays, weight.uppers, 80, 512)
