@@ -1,4 +1,4 @@
-"""`python -m experiments.figures [results]`: redraw every figure from the committed tables."""
+"""`python -m experiments.figures [results]`: redraw every figure from the committed tables, and the index's commits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from experiments.figures import (
     decompression,
     exponent_entropy,
     generation_length,
+    index,
     latency_breakdown,
     linear,
+    losslessness,
     offload,
     same_gpu,
     style,
@@ -23,6 +25,7 @@ from experiments.figures import (
 
 FIGURES = {
     "compression_ratio": compression_ratio.draw,
+    "losslessness": losslessness.draw,
     "exponent_entropy": exponent_entropy.draw,
     "compression_time": compression_time.draw,
     "decompression": decompression.draw,
@@ -42,6 +45,7 @@ def main(results: Path) -> None:
         style.save(figure, results / "figures" / name)
         plt.close(figure)
         print(f"{results / 'figures' / name}.pdf, .png")
+    index.stamp(results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Each experiment on the tiny model, from config to table and figure."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import evaluation, first_token, load_time, losslessness
 from experiments.config import Config
 from experiments.figures import __main__ as figures
-from experiments.figures import style
+from experiments.figures import index, style
 from experiments.harness import runner, store
 from run import EXPERIMENTS
 
@@ -117,6 +119,17 @@ def test_every_figure_draws_from_the_committed_results(tmp_path: Path) -> None:
     for name, draw in figures.FIGURES.items():
         style.save(draw(ROOT / "results"), tmp_path / name)
         assert (tmp_path / f"{name}.pdf").stat().st_size > 5000 and (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_the_index_has_every_table_and_where_it_is_from(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "results" / "provenance", tmp_path / "provenance")
+    page = (ROOT / "results" / "README.md").read_text()
+    (tmp_path / "README.md").write_text(re.sub(r"[^|]*\|$", " - |", page, flags=re.M))
+    index.stamp(tmp_path)
+    lines = {found[1]: line for line in (tmp_path / "README.md").read_text().splitlines() if (found := index.LINE.match(line))}
+    assert lines.keys() == {path.stem for path in (ROOT / "results").glob("*.csv")} >= figures.FIGURES.keys()
+    assert all(re.search(r" \| (\w.*: [0-9a-f]{7}[^|]*)+ \|$", line) for line in lines.values())
+    assert all(line in page.splitlines() for line in lines.values())
 
 
 def test_figures_refuse_missing_and_ambiguous_rows(tmp_path: Path) -> None:
