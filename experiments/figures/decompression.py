@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, load, published
+from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, load, powers_of_two, published
 
 CURVES = {  # codec, kernel: label, colour, line
     ("bf16", "copy"): ("device copy", GREY, ":"),
@@ -54,7 +54,8 @@ def draw(results: Path) -> Figure:
 
 
 def finish(axis: Axes, title: str) -> None:
-    axis.set_xscale("log", base=2)
+    powers_of_two(axis.xaxis)
+    axis.tick_params(axis="x", labelsize=6)
     axis.set_yscale("log")
     axis.set_xlabel("rows of a matrix of 4096 columns")
     axis.set_title(title, fontsize=8)

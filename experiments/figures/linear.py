@@ -9,9 +9,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
-from experiments.figures.style import BLUE, GREY, PURPLE, load, one
+from experiments.figures.style import BLUE, GREY, PURPLE, load, one, powers_of_two
 
 MODES = {"fused": ("tiled, fused", PURPLE, "-"), "exact": ("tiled, decompressed, then cuBLAS", BLUE, "--")}
 
@@ -63,8 +62,7 @@ def curves(axis: Axes, speedup: pd.Series, shapes: list[tuple[int, int]]) -> Non
                 label = f"{shape[0]} x {shape[1]}" if mode == "exact" else None
                 axis.plot(curve.index, curve, line, color=colour, marker=".", linewidth=1, label=label)
     axis.axhline(1.0, color=GREY, linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(ScalarFormatter())
+    powers_of_two(axis.xaxis)
     axis.set(xlabel="batch size", ylabel="speed, cuBLAS = 1")
     axis.set_title("By batch size: fused solid, decompressed dashed", fontsize=8)
     axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))

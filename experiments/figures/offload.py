@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import BLUE, GREY, ORANGE, PURPLE, VERMILLION, load, published
+from experiments.figures.style import BLUE, GREY, ORANGE, PURPLE, VERMILLION, load, powers_of_two, published
 
 CURVES = {  # codec, placement: label, colour, line
     ("bf16", "accelerate"): ("BF16, CPU offload by accelerate", VERMILLION, "-"),
@@ -55,6 +55,6 @@ def draw(results: Path) -> Figure:
 
 
 def finish(axis: Axes, title: str) -> None:
-    axis.set_xscale("log", base=2)
+    powers_of_two(axis.xaxis)
     axis.set_yscale("log")
     axis.set_title(title, fontsize=7)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, load, published
+from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, load, powers_of_two, published
 
 LAUNCHES = {"graph": "-", "eager": "--"}
 COLOURS = {"bf16": GREY, "dfloat11": BLUE, "tiled": PURPLE}
@@ -79,12 +79,11 @@ def ablation(axis: Axes, rows: pd.DataFrame, where: str) -> None:
 
 
 def finish(axis: Axes, title: str) -> None:
-    axis.set_xscale("log", base=2)
+    powers_of_two(axis.xaxis)
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    for one in (axis.xaxis, axis.yaxis):
-        one.set_minor_locator(NullLocator())
-        one.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.tick_params(labelsize=7)
     axis.set(xlabel="batch size", ylabel="tokens/s")
     axis.set_title(title, fontsize=7)

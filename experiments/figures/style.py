@@ -6,7 +6,9 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 # Okabe and Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999"
@@ -50,6 +52,14 @@ def one(rows: pd.DataFrame, **where: object) -> pd.DataFrame:
     if len(doubled):
         raise ValueError(f"ambiguous rows for {where}: {doubled[key].iloc[0].to_dict()} occurs {len(doubled)} times")
     return rows
+
+
+def powers_of_two(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(2))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def save(figure: Figure, path: Path) -> None:
