@@ -7,7 +7,6 @@ seconds of each way. $DF11_DISPATCH names another file: its entries count as the
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import statistics
@@ -23,6 +22,8 @@ from df11.tiled_ops import MOST_ROWS, TiledWeight
 
 REPEATS = 5
 FLUSHES = 10  # some 0.8 ms
+NOT_MEASURED = 0.0  # seconds of the only way; not kept in the file
+Table = dict[str, dict[str, float]]
 Ways = dict[str, Callable[[], torch.Tensor]]
 
 
@@ -49,13 +50,15 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     bucket = 1 if batch == 1 else min(size for size in tiled_gpu.PRODUCTS if size >= batch)
     table, key = _table(path(x.device.index)), f"{weight.shape[0]} x {weight.shape[1]}, {bucket}"
     if key not in table:
-        if torch.cuda.is_current_stream_capturing():
+        if not tiled_gpu.fits(*weight.shape, weight.fragments, batch, x.device.index):
+            table[key] = {"decompress": NOT_MEASURED}
+        elif torch.cuda.is_current_stream_capturing():
             return "fused" if bucket <= min(tiled_gpu.PRODUCTS) else "decompress"
-        try:
-            found = {name: seconds for name, way in ways.items() if (seconds := _seconds(way, x.device))}
-        except torch.OutOfMemoryError:  # to measure takes room for the weights decompressed
-            return "fused"
-        table[key] = found
+        else:
+            try:
+                table[key] = {name: _seconds(way, x.device) for name, way in ways.items()}
+            except torch.OutOfMemoryError:  # to measure takes room for the weights decompressed
+                table[key] = {"fused": NOT_MEASURED}
         _save(path(x.device.index))
     return min(table[key], key=table[key].__getitem__)
 
@@ -68,34 +71,40 @@ def path(index: int) -> Path:
 
 @functools.cache
 def _default_path(index: int) -> Path:
-    version = hashlib.sha256((gpu.SOURCES / "tiled.cu").read_bytes()).hexdigest()[:12]
-    name = torch.cuda.get_device_properties(index).name.replace(" ", "-")
-    return default_cache() / "dispatch" / f"{name}-{version}.json"
+    properties = torch.cuda.get_device_properties(index)
+    version = gpu.digest("tiled", f"sm_{properties.major}{properties.minor}")
+    return default_cache() / "dispatch" / f"{properties.name.replace(' ', '-')}-{version}.json"
 
 
 @functools.cache
-def _table(file: Path) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+def _table(file: Path) -> Table:
+    return _read(file)
+
+
+def _read(file: Path) -> Table:
+    try:
+        found: Table = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as damaged:
+        raise ValueError(f"{file} is no table of times ({damaged}): remove it, and what it held is measured again") from damaged
     return found
 
 
 def _save(file: Path) -> None:
+    """Add what was measured to the file, which other processes may have written to."""
+    measured = {key: times for key, times in _table(file).items() if NOT_MEASURED not in times.values()}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(_table(file), indent=1) + "\n")
+    partial.write_text(json.dumps(_read(file) | measured, indent=1) + "\n")
     partial.replace(file)
 
 
-def _seconds(way: Callable[[], torch.Tensor], device: torch.device) -> float | None:
-    """GPU time with a cold L2 cache, None where x does not fit.
+def _seconds(way: Callable[[], torch.Tensor], device: torch.device) -> float:
+    """GPU time with a cold L2 cache.
 
     The cache is flushed several times: so the GPU is busy until the host has enqueued the rest, whose time would count otherwise.
     """
     flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-    try:
-        way()
-    except ValueError:
-        return None
+    way()
     samples = []
     stream = torch.cuda.current_stream(device)  # of a GPU that need not be the current one
     for _ in range(REPEATS):

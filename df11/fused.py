@@ -9,6 +9,8 @@ differ in their last bits from those of mode=exact.
 from __future__ import annotations
 
 import itertools
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -17,9 +19,10 @@ from torch import nn
 
 from df11 import dispatch
 from df11.modules import compressed_parameters
-from df11.runtime import CompressedModelError
+from df11.runtime import CompressedModelError, attach, check_input
 from df11.tiled_ops import ARRAYS, TiledWeight
 
+_TURN = threading.RLock()  # held by the thread in whose embedding the weights are
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one input, in the order in which they are called
 
 
@@ -59,14 +62,17 @@ class FusedLinear(nn.Module):
 
     def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of all layers that it stands for."""
-        if self.training:
-            raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
-        if x.dtype != torch.bfloat16:
-            raise CompressedModelError(f"the compressed weights are bf16, the input is {x.dtype}: keep the model in torch.bfloat16")
+        check_input(self, x)
         weight = self.stored.get()
         # Of a model on several GPUs accelerate's hooks brought inputs here; they went with the layer that this one replaces.
-        y = dispatch.linear(weight, x.to(weight.low.device), self.bias)
+        x = x.to(weight.low.device, torch.bfloat16)  # another dtype is autocast's
+        y = dispatch.linear(weight, x, self.bias)
         return list(y.split(self.sizes, -1))  # type: ignore[no-untyped-call]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Its own weights, decompressed anew each time: for code that asks for their dtype or reads them once."""
+        return self.stored.get().decompress()[: self.out_features]
 
 
 class FollowingLinear(nn.Module):
@@ -90,12 +96,19 @@ class FollowingLinear(nn.Module):
     def leader(self) -> FusedLinear:
         return self._leader[0]
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """As FusedLinear.weight."""
+        start = sum(self.leader.sizes[: self.index])
+        return self.leader.stored.get().decompress()[start : start + self.out_features]
+
 
 def fuse_(model: nn.Module, merge: bool = True) -> int:
     """Turn a model's linear layers and embeddings into the tiled layout, in place, where they are. Returns how many.
 
     merge: compute q, k and v, and gate and up, by one product where a module has all of them. What has another class, or would
-    not get smaller, stays as it is; call `attach` afterwards for what is compressed in the published layout.
+    not get smaller, stays as it is: what of it is compressed in the published layout runs as `attach(model)` has it. Raises
+    CompressedModelError where weights are offloaded.
     """
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
@@ -103,48 +116,58 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
                 f"{name} is offloaded, but mode=fused needs all weights in place: take mode='exact', "
                 "or a device_map without 'cpu' and 'disk'"
             )
-    stored: dict[int, Stored] = {}  # by the parameter: tied ones are stored once
-    count = 0
-    for parent in list(model.modules()):
-        for names in MERGED if merge else ():
-            found = [getattr(parent, name, None) for name in names]
-            layers = [layer for layer in found if _is_linear(layer)]
-            alike = {(layer.in_features, layer.bias is None) for layer in layers}
-            if len(layers) != len(names) or len(alike) != 1:
-                continue
-            weights = torch.cat([_dense(layer) for layer in layers])
-            if (weight := TiledWeight.encode(weights)) is None:
-                continue
-            biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-            bias = torch.cat(biases) if biases else None
-            leader = FusedLinear(Stored(weight), bias, [layer.out_features for layer in layers])
-            for one in layers:
-                _drop(one)
-            setattr(parent, names[0], leader.eval())
-            for index, name in enumerate(names[1:], 1):
-                setattr(parent, name, FollowingLinear(leader, index).eval())
-            count += len(layers)
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if not _is_linear(layer) and not isinstance(layer, nn.Embedding):
-                continue
-            key = id(compressed_parameters(layer).get("weight") or layer._parameters.get("weight"))
-            if key not in stored:
-                if not _is_bf16(layer) or (weight := TiledWeight.encode(_dense(layer))) is None:
-                    continue
-                stored[key] = Stored(weight)
-            if isinstance(layer, nn.Embedding):
-                _fuse_embedding(layer, stored[key])
-            else:
-                bias = None if layer.bias is None else layer.bias.detach()
-                _drop(layer)
-                setattr(parent, name, FusedLinear(stored[key], bias, [layer.out_features]).eval())
-            count += 1
+    count = (_fuse_merged(model) if merge else 0) + _fuse_each(model)
+    attach(model)
     if hasattr(model, "tie_weights"):
         model.__dict__["tie_weights"] = _tied_already  # transformers' looks for parameters
     for device in {buffer.device for buffer in model.buffers() if buffer.is_cuda}:
         torch.cuda.synchronize(device)  # the kernels begin before what comes before them has ended: the arrays must be there
     return count
+
+
+def _fuse_merged(model: nn.Module) -> int:
+    uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    count = 0
+    for parent, names in itertools.product(list(model.modules()), MERGED):
+        found = [getattr(parent, name, None) for name in names]
+        layers = [layer for layer in found if _is_linear(layer) and uses[id(layer)] == 1]
+        if len(layers) != len(names):
+            continue
+        weights = [_dense(layer) for layer in layers]
+        if len({(w.shape[1], w.device, layer.bias is None) for w, layer in zip(weights, layers, strict=True)}) != 1:
+            continue
+        if (weight := TiledWeight.encode(torch.cat(weights))) is None:
+            continue
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        leader = FusedLinear(Stored(weight), torch.cat(biases) if biases else None, [layer.out_features for layer in layers])
+        for layer in layers:
+            _drop(layer)
+        setattr(parent, names[0], leader.eval())
+        for index, name in enumerate(names[1:], 1):
+            setattr(parent, name, FollowingLinear(leader, index).eval())
+        count += len(layers)
+    return count
+
+
+def _fuse_each(model: nn.Module) -> int:
+    stored: dict[int, Stored] = {}  # by the parameter: tied ones are stored once
+    fused: dict[int, tuple[nn.Module, nn.Module]] = {}  # a layer, kept so that its id stays its own, and what it becomes
+    for parent in list(model.modules()):
+        for name, layer in list(parent._modules.items()):
+            if id(layer) not in fused:
+                if not (_is_linear(layer) or (isinstance(layer, nn.Embedding) and _is_bf16(layer))):
+                    continue
+                key = id(compressed_parameters(layer).get("weight") or layer._parameters.get("weight"))
+                if key not in stored:
+                    if (weight := TiledWeight.encode(_dense(layer))) is None:
+                        continue
+                    stored[key] = Stored(weight)
+                became = (
+                    _fuse_embedding(layer, stored[key]) if isinstance(layer, nn.Embedding) else _fuse_linear(layer, stored[key])
+                )
+                fused[id(layer)] = layer, became
+            setattr(parent, name, fused[id(layer)][1])
+    return len(fused)
 
 
 def _tied_already(*arguments: object, **named: object) -> None:
@@ -153,11 +176,8 @@ def _tied_already(*arguments: object, **named: object) -> None:
 
 def weights_of(layer: nn.Module) -> torch.Tensor | None:
     """The weights of a fused layer or embedding, decompressed, bf16; None of another module."""
-    if isinstance(layer, FollowingLinear):
-        start = sum(layer.leader.sizes[: layer.index])
-        return layer.leader.stored.get().decompress()[start : start + layer.out_features]
-    if isinstance(layer, FusedLinear):
-        return layer.stored.get().decompress()[: layer.out_features]
+    if isinstance(layer, FollowingLinear | FusedLinear):
+        return layer.weight
     stored = layer._modules.get("stored")
     return stored.get().decompress() if isinstance(stored, Stored) else None
 
@@ -193,7 +213,13 @@ def _drop(layer: nn.Module) -> None:
     layer._parameters.pop("weight", None)
 
 
-def _fuse_embedding(layer: nn.Embedding, stored: Stored) -> None:
+def _fuse_linear(layer: nn.Linear, stored: Stored) -> FusedLinear:
+    bias = None if layer.bias is None else layer.bias.detach()
+    _drop(layer)
+    return FusedLinear(stored, bias, [layer.out_features]).eval()
+
+
+def _fuse_embedding(layer: nn.Embedding, stored: Stored) -> nn.Embedding:
     """The class and its forward stay, so a scaled embedding stays one: for a call it gets the rows that it needs as its weights,
     or, where its forward is no look-up of its first argument, all of them."""
     _drop(layer)
@@ -202,6 +228,7 @@ def _fuse_embedding(layer: nn.Embedding, stored: Stored) -> None:
     layer.__dict__["_df11_by_rows"] = type(layer).forward is nn.Embedding.forward or _looks_up(layer)
     layer.register_forward_pre_hook(_enter_embedding)
     layer.register_forward_hook(_leave_embedding, always_call=True)
+    return layer
 
 
 def _stored(layer: nn.Module) -> Stored:
@@ -231,6 +258,7 @@ def _looks_up(layer: nn.Embedding) -> bool:
 
 
 def _enter_embedding(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    _TURN.acquire()
     weight = _stored(module).get()
     # Ids given by name, or so many that they need most tiles, which have sixteen rows.
     if not module.__dict__["_df11_by_rows"] or not arguments or arguments[0].numel() * 16 >= weight.shape[0]:
@@ -243,3 +271,4 @@ def _enter_embedding(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any
 
 def _leave_embedding(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
     module.__dict__.pop("weight", None)
+    _TURN.release()

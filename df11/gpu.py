@@ -77,12 +77,7 @@ def find_nvcc() -> Path:
 
 def build(source: str, arch: str) -> Path:
     """kernels/<source>.cu as a cubin for `arch` (sm_90), from the cache or by nvcc. The cache is keyed by sources and flags."""
-    if not SOURCES.is_dir():
-        raise GpuError(f"{SOURCES} is missing: install df11 from its repository with pip install -e .")
-    digest = hashlib.sha256(" ".join((*FLAGS, arch)).encode())
-    for path in (*sorted(SOURCES.glob("*.cuh")), SOURCES / f"{source}.cu"):
-        digest.update(path.read_bytes())
-    cubin = default_cache() / "kernels" / f"{source}-{arch}-{digest.hexdigest()[:16]}.cubin"
+    cubin = default_cache() / "kernels" / f"{source}-{arch}-{digest(source, arch)}.cubin"
     if cubin.exists():
         return cubin
     nvcc = find_nvcc()
@@ -95,6 +90,16 @@ def build(source: str, arch: str) -> Path:
             raise GpuError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
         made.replace(cubin)
     return cubin
+
+
+def digest(source: str, arch: str) -> str:
+    """Of all that decides what kernels/<source>.cu becomes."""
+    if not SOURCES.is_dir():
+        raise GpuError(f"{SOURCES} is missing: install df11 from its repository with pip install -e .")
+    found = hashlib.sha256(" ".join((*FLAGS, arch)).encode())
+    for path in (*sorted(SOURCES.glob("*.cuh")), SOURCES / f"{source}.cu"):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,6 @@ def load(directory: Path, device: str, mode: str = "exact") -> transformers.PreT
     )
     if mode == "fused" and not is_fused(model):
         fuse_(model)
-        attach(model)
         if quantizer := getattr(model, "hf_quantizer", None):
             quantizer.quantization_config.mode = mode
     return model

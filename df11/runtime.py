@@ -7,6 +7,7 @@ one layer, or a whole transformer block, as the paper does (section 2.3.3), and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class Workspace:
     """The decode buffers of one model. It belongs to the model that `attach` was called on."""
 
     def __init__(self) -> None:
+        self.turn = threading.RLock()  # held by the thread whose module has its weights in the buffers
         self._sizes: list[int] = []  # bytes of each buffer
         self._buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -176,11 +178,10 @@ def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", p
         workspace.reserve(owner.buffer, owner.start + owner.nbytes)
     handles: list[Any] = []
     for index, owner in enumerate(owned):
-        enter, leave = _hooks(owner, index, ahead)
+        enter, leave = _hooks(owner, index, ahead, workspace.turn)
         handles.append(owner.module.register_forward_pre_hook(enter, prepend=True))
         handles.append(owner.module.register_forward_hook(leave, always_call=True))
     model.__dict__["_df11_hooks"] = handles
-    model.__dict__["_df11_workspace"] = workspace
     return workspace
 
 
@@ -223,18 +224,10 @@ def _assign(module: nn.Module, owners: dict[int, _Owner], start: int) -> None:
         _assign(child, owners, start)
 
 
-def _hooks(owner: _Owner, index: int, ahead: _Ahead | None) -> tuple[Any, Any]:
+def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, turn: threading.RLock) -> tuple[Any, Any]:
     def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if module.training:
-            raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
-        for value in arguments[:1]:  # the activations; experts get float32 routing weights too
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                if value.dtype != torch.bfloat16 and not torch.is_autocast_enabled(value.device.type):
-                    raise CompressedModelError(
-                        f"the compressed weights are bf16, the input is {value.dtype}: keep the model in torch.bfloat16"
-                    )
-                if value.requires_grad and torch.is_grad_enabled():
-                    raise CompressedModelError("compressed weights have no gradients: call the model under torch.no_grad()")
+        turn.acquire()
+        check_input(module, *arguments[:1])  # the activations; experts get float32 routing weights too
         if ahead:
             ahead.enter(index)
         else:
@@ -243,5 +236,19 @@ def _hooks(owner: _Owner, index: int, ahead: _Ahead | None) -> tuple[Any, Any]:
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         owner.hide()
+        turn.release()
 
     return enter, leave
+
+
+def check_input(module: nn.Module, x: Any = None) -> None:
+    """Raise CompressedModelError where a module with compressed weights is trained, or would compute in another dtype than bf16."""
+    if module.training:
+        raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
+    linear = hasattr(module, "in_features")  # others may look something up
+    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or linear):
+        return
+    if x.dtype != torch.bfloat16 and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise CompressedModelError(f"the compressed weights are bf16, the input is {x.dtype}: keep the model in torch.bfloat16")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise CompressedModelError("compressed weights have no gradients: call the model under torch.no_grad()")

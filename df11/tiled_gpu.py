@@ -147,6 +147,20 @@ def plan_rows(rows: int, columns: int, fragments: int, batch: int, processors: i
     return best[2]
 
 
+def fits(rows: int, columns: int, fragments: int, batch: int, index: int) -> bool:
+    """Whether a product of so many rows of x has room for x in the shared memory of a GPU."""
+    kernels = _kernels(index)
+    place = kernels.device.processors, kernels.room
+    try:
+        if batch == 1:
+            plan(rows, columns, fragments, *place)
+        else:
+            plan_rows(rows, columns, fragments, batch, *place)
+    except ValueError:
+        return False
+    return True
+
+
 def _pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> tuple[bytes, int]:
     """tiled::Matrix, and the number of fragments. Raises ValueError where dtypes, places or sizes do not fit."""
     given = dict(zip(RULES, arrays, strict=True))

@@ -102,6 +102,11 @@ class TiledWeight:
         return [getattr(self, name) for name in ARRAYS]
 
     @property
+    def fragments(self) -> int:
+        """Of 16 columns in a tile."""
+        return 2 * self.low.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device, the table included; the eight bytes of `uppers` go with each launch."""
         return sum(array.nbytes for array in self.arrays)
@@ -132,4 +137,4 @@ class TiledWeight:
 
         code = TiledCode(host(self.table), np.array([self.uppers], np.int64).view(np.uint8))
         arrays = {name: host(getattr(self, name)) for name in ARRAYS if name != "table"}
-        return TiledUnit(code, (TiledMatrix(self.shape, 2 * self.low.shape[1], **arrays),))
+        return TiledUnit(code, (TiledMatrix(self.shape, self.fragments, **arrays),))

@@ -149,6 +149,7 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ways: dispatch.Ways = {"fused": lambda: torch.zeros(1), "decompress": lambda: torch.zeros(2)}
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "deep" / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, device: float(way().numel()))
+    monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     dispatch._table.cache_clear()
     assert dispatch.choose(weight, OnGpu(), ways) == "fused"  # type: ignore[arg-type]
@@ -162,6 +163,39 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert dispatch.choose(weight, OnGpu(), ways) == "decompress"  # type: ignore[arg-type]
     dispatch._table.cache_clear()
+
+
+def test_a_table_of_several_processes(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    dispatch._table(file)["a"] = {"fused": 1.0}
+    dispatch._table(file)["too large to measure"] = {"fused": dispatch.NOT_MEASURED}
+    file.write_text('{"b": {"fused": 2.0}}')  # another process's
+    dispatch._save(file)
+    assert json.loads(file.read_text()) == {"a": {"fused": 1.0}, "b": {"fused": 2.0}}
+    (tmp_path / "damaged.json").write_text("{")
+    with pytest.raises(ValueError, match=r"damaged\.json.*remove it"):
+        dispatch._table(tmp_path / "damaged.json")
+
+
+@pytest.mark.parametrize("room", ["none for x", "none to measure"])
+def test_ways_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str) -> None:
+    calls = []
+
+    def full(way: Callable[[], torch.Tensor], device: torch.device) -> float:
+        calls.append(way)
+        raise torch.OutOfMemoryError
+
+    weight, x = SimpleNamespace(shape=(256, 512), fragments=32), SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    x.numel = lambda: 512
+    monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
+    monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: room == "none to measure")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(dispatch, "_seconds", full)
+    ways: dispatch.Ways = {"fused": lambda: torch.zeros(1), "decompress": lambda: torch.zeros(2)}
+    chosen = [dispatch.choose(weight, x, ways) for _ in range(3)]  # type: ignore[arg-type]
+    assert set(chosen) == {"fused" if room == "none to measure" else "decompress"}
+    assert len(calls) == (room == "none to measure")  # not again at every call
+    assert json.loads((tmp_path / "table.json").read_text()) == {}
 
 
 def test_opcheck() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from df11 import checkpoint, cli, hf, modules
 from df11.fused import FollowingLinear, FusedLinear, fuse_, is_fused, weights_of
-from df11.runtime import CompressedModelError, attach
+from df11.runtime import GRANULARITIES, CompressedModelError, attach
 
 SIZES = {
     "hidden_size": 256,
@@ -73,8 +73,7 @@ def test_experts_stay_in_the_published_layout() -> None:
     expected = model(IDS).logits.float()
     modules.compress_(model)
     fuse_(model)
-    attach(model)
-    assert is_fused(model) and modules.is_compressed(model)
+    assert is_fused(model) and modules.is_compressed(model)  # attach has been called for the experts
     assert (model(IDS).logits.float() - expected).norm() < 0.02 * expected.norm()
 
 
@@ -135,8 +134,15 @@ def test_merged_layers_with_biases_and_misuse() -> None:
     other = torch.randn(1, 1, 256).bfloat16()
     for got, wanted in zip(pair(x, other), apart(x, other), strict=True):
         assert (got.float() - wanted.float()).abs().max() < 0.02
-    with pytest.raises(CompressedModelError, match="float32"):
-        pair(x.float())
+    for layer, expected in ((pair.gate_proj, 300), (pair.up_proj, 200)):
+        assert layer.weight.shape == (expected, 256) and layer.weight.dtype == torch.bfloat16
+    for wrong in (x.float(), x.long()):
+        with pytest.raises(CompressedModelError, match=str(wrong.dtype)):
+            pair(wrong)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(pair(x.float())[0], pair(x)[0])
+    with torch.inference_mode(False), pytest.raises(CompressedModelError, match="gradients"):
+        pair(torch.randn(1, 1, 256).bfloat16().requires_grad_())
     with pytest.raises(CompressedModelError, match="inference"):
         pair.train()(x)
 
@@ -183,6 +189,42 @@ def test_copies_have_weights_of_their_own_and_nothing_is_kept_twice() -> None:
     copied = copy.deepcopy(model)
     model[0].stored.low.zero_()
     assert same(copied(ids), expected) and not same(model(ids), expected)
+
+
+@torch.inference_mode()
+def test_a_layer_in_two_places_is_one_afterwards_too() -> None:
+    torch.manual_seed(0)
+    layer, embedding = nn.Linear(256, 256).bfloat16(), nn.Embedding(300, 256).bfloat16()
+    model = nn.ModuleDict({"a": layer, "b": layer, "deep": nn.Sequential(embedding, layer), "embedding": embedding}).eval()
+    ids = torch.tensor([[3, 1]])
+    expected = model["deep"](ids)
+    assert fuse_(model) == 2
+    assert isinstance(model["a"], FusedLinear) and model["a"] is model["b"] is model["deep"][1]
+    assert (model["deep"](ids).float() - expected.float()).norm() < 0.02 * expected.float().norm()
+    assert model["deep"](ids).shape == model["a"](model["embedding"](ids)).shape
+
+
+@torch.inference_mode()
+def test_a_model_that_ran_in_mode_exact(tmp_path: Path) -> None:
+    directory = build(tmp_path / "original")
+    checkpoint.compress(directory, tmp_path / "compressed", loadable=hf.parameter_names)
+    model = hf.load(tmp_path / "compressed", "cpu")
+    expected = model(IDS).logits.float()
+    for granularity in GRANULARITIES:
+        exact = copy.deepcopy(model)
+        attach(exact, granularity)
+        assert fuse_(exact) > 0
+        assert (exact(IDS).logits.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@torch.inference_mode()
+def test_layers_that_are_asked_for_their_weights() -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 256, "d_ff": 384, "d_kv": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 1000}
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).bfloat16().eval()
+    expected = model(IDS).last_hidden_state.float()
+    assert fuse_(model) > 0
+    assert (model(IDS).last_hidden_state.float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_what_would_not_get_smaller_stays() -> None:

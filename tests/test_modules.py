@@ -1,6 +1,7 @@
 """Compressed weights inside modules, on the CPU."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -201,3 +202,23 @@ def test_weights_are_moved_to_the_host_module_by_module(original: Model) -> None
     head = original.head.weight
     to_host_(original.head)
     assert original.head.weight is head is original.embed.weight
+
+
+@torch.inference_mode()
+def test_threads_that_share_a_model_wait_for_each_other() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))).bfloat16().eval()
+    inputs = [torch.randn(1, 64).bfloat16() for _ in range(2)]
+    expected = [model(x) for x in inputs]
+    compress_(model)
+    attach(model)
+
+    def run(which: int) -> int:
+        with torch.inference_mode():
+            return sum(torch.equal(model(inputs[which]), expected[which]) for _ in range(60))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [60, 60]
+    with pytest.raises(CompressedModelError, match="uint8"):  # as code that casts to `weight.dtype` would
+        model(inputs[0].to(torch.uint8))
+    assert torch.equal(model(inputs[0]), expected[0])
