@@ -12,7 +12,7 @@ constexpr int kFirstPointer = 240;    // a table value from here on points to ta
 // Everything one decode needs. All pointers are to device memory.
 struct Unit {
   const uint8_t* luts;               // [tables + 1, 256], last row: code length by exponent
-  const uint8_t* stream;             // [bytes] encoded_exponent, 8-byte aligned
+  const uint8_t* stream;             // [bytes] encoded_exponent, 16-byte aligned
   const uint8_t* sign_mantissa;      // [weights]
   const uint8_t* gaps;               // [320 * blocks], 5 bits a chunk
   const uint32_t* positions;         // [blocks + 1]

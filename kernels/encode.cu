@@ -59,29 +59,17 @@ histogram_split(const uint16_t* weights, int64_t n, unsigned long long* counts, 
 // Bits of this thread's weights, and the exclusive sum over the block.
 struct Place { int64_t first; int64_t end; int bits; int before; int total; };
 
-__device__ __forceinline__ Place place_in_tile(const uint16_t* weights, int64_t n, const uint8_t* lengths, int32_t* warp_sums) {
+__device__ __forceinline__ Place place_in_tile(const uint16_t* weights, int64_t n, const uint8_t* lengths,
+                                               int32_t (&warp_sums)[kThreads / 32]) {
   Place p;
   p.first = int64_t(blockIdx.x) * kTile + threadIdx.x * kPerThread;
   p.end = min(p.first + kPerThread, n);
   p.bits = 0;
   for (int64_t i = p.first; i < p.end; i++) p.bits += lengths[exponent_of(weights[i])];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  int sum = p.bits;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, d);
-    if (lane >= d) sum += other;
-  }
-  if (lane == 31) warp_sums[warp] = sum;
-  __syncthreads();
-  int earlier = 0;
+  p.before = sum_before(p.bits, warp_sums);
   p.total = 0;
 #pragma unroll
-  for (int k = 0; k < kThreads / 32; k++) {
-    if (k < warp) earlier += warp_sums[k];
-    p.total += warp_sums[k];
-  }
-  p.before = earlier + sum - p.bits;
+  for (int k = 0; k < kThreads / 32; k++) p.total += warp_sums[k];
   return p;
 }
 
