@@ -1,4 +1,4 @@
-"""The bits of bf16: the only place that knows where sign, exponent and mantissa are.
+"""The bits of bf16 in numpy. The inner loops (numba and torch in formats/, CUDA in kernels/) repeat the shifts and masks.
 
 A weight is 16 bits, `s eeeeeeee mmmmmmm`. DFloat11 codes the exponent byte and keeps sign and mantissa as one raw byte
 `s mmmmmmm` (paper section 2.2). All functions work on bit patterns (uint16), never on values: NaN payloads and -0 survive.

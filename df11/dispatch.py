@@ -1,4 +1,5 @@
-"""Which way a linear layer in the tiled layout is computed: fused, or decompressed and then by cuBLAS, by a table measured once.
+"""Which way a linear layer in the tiled layout is computed, by a table measured once: fused, or decompressed and then by cuBLAS,
+all at once or in slices that stay in the L2 cache.
 
 The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash of the kernels>.json`: "rows x columns, rows of x" to the
 seconds of each way. $DF11_DISPATCH names another file: its entries count as they are, and what it lacks is added to it.
@@ -22,43 +23,65 @@ from df11.tiled_ops import MOST_ROWS, TiledWeight
 
 REPEATS = 5
 FLUSHES = 10  # some 0.8 ms
+BUCKETS = (1, *tiled_gpu.PRODUCTS, 128, 512, 2048)  # rows of x that are timed; more are as the last
 NOT_MEASURED = 0.0  # seconds of the only way; not kept in the file
 Table = dict[str, dict[str, float]]
 Ways = dict[str, Callable[[], torch.Tensor]]
 
 
 def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias, bf16 [..., rows], the faster way.
+    """x W^T + bias, bf16 [..., rows], the fastest way.
 
-    Rows of x that share a kernel share an entry of the table. A shape that it lacks is timed here, but not while a CUDA graph is
-    captured: then few rows are taken to be faster fused.
+    Numbers of rows of x up to the same of BUCKETS share an entry of the table. One that it lacks is timed here, but not while a
+    CUDA graph is captured: then few rows are taken to be faster fused, and others decompressed at once.
     """
     ways: Ways = {
         "fused": lambda: weight.linear(x, bias),
         "decompress": lambda: dense_linear(x, weight.decompress(), bias),
+        "sliced": lambda: sliced(weight, x, bias, slice_rows(weight, x.device)),
     }
     return ways[choose(weight, x, ways)]()
 
 
+def sliced(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """x W^T + bias by so many rows of W at a time, decompressed into one buffer, which so stays in the L2 cache."""
+    flat = x.reshape(-1, weight.shape[1])
+    y = torch.empty(flat.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    buffer = torch.empty(rows, weight.shape[1], dtype=torch.bfloat16, device=x.device)
+    for start in range(0, weight.shape[0], rows):
+        stop = min(start + rows, weight.shape[0])
+        part = weight.part(start, stop).decompress(buffer[: stop - start]).T
+        to = y[:, start:stop]
+        if bias is None:
+            torch.mm(flat, part, out=to)
+        else:
+            torch.addmm(bias[start:stop], flat, part, out=to)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def slice_rows(weight: TiledWeight, device: torch.device) -> int:
+    """Rows whose weights take half of the L2 cache (on a CPU 2 MB), in whole tiles."""
+    half = torch.cuda.get_device_properties(device).L2_cache_size // 2 if device.type == "cuda" else 2 << 20
+    return max(1, half // (2 * weight.shape[1] * tiled_gpu.TILE_ROWS)) * tiled_gpu.TILE_ROWS
+
+
 def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
-    """`fused` or `decompress`."""
+    """A name of `ways`: `fused`, `decompress` or `sliced`."""
     batch = x.numel() // weight.shape[1]
-    if not 1 <= batch <= MOST_ROWS or (batch > 1 and weight.shape[1] % 4):
-        return "decompress"
-    if not x.is_cuda:
+    if not x.is_cuda or batch == 0:
         return "fused" if batch == 1 else "decompress"
-    bucket = 1 if batch == 1 else min(size for size in tiled_gpu.PRODUCTS if size >= batch)
+    bucket = min((size for size in BUCKETS if size >= batch), default=BUCKETS[-1])
     table, key = _table(path(x.device.index)), f"{weight.shape[0]} x {weight.shape[1]}, {bucket}"
     if key not in table:
-        if not tiled_gpu.fits(*weight.shape, weight.fragments, batch, x.device.index):
-            table[key] = {"decompress": NOT_MEASURED}
-        elif torch.cuda.is_current_stream_capturing():
-            return "fused" if bucket <= min(tiled_gpu.PRODUCTS) else "decompress"
-        else:
-            try:
-                table[key] = {name: _seconds(way, x.device) for name, way in ways.items()}
-            except torch.OutOfMemoryError:  # to measure takes room for the weights decompressed
-                table[key] = {"fused": NOT_MEASURED}
+        fuses = batch <= MOST_ROWS and (batch == 1 or weight.shape[1] % 4 == 0)
+        fuses = fuses and tiled_gpu.fits(*weight.shape, weight.fragments, batch, x.device.index)
+        if torch.cuda.is_current_stream_capturing():
+            return "fused" if fuses and bucket <= min(tiled_gpu.PRODUCTS) else "decompress"
+        possible = {name: way for name, way in ways.items() if name != "fused" or fuses}
+        try:
+            table[key] = {name: _seconds(way, x.device) for name, way in possible.items()}
+        except torch.OutOfMemoryError:  # to measure takes room for all weights decompressed
+            table[key] = {"fused" if fuses else "sliced": NOT_MEASURED}
         _save(path(x.device.index))
     return min(table[key], key=table[key].__getitem__)
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from df11.formats.dfloat11 import BLOCK_BYTES, BLOCK_CHUNKS
+from df11.formats.dfloat11 import ARRAYS, BLOCK_BYTES, BLOCK_CHUNKS
 from df11.formats.luts import FIRST_POINTER, MAX_TABLES, build_luts, choose_code
 from df11.sources.cache import default_cache
 
@@ -43,7 +43,7 @@ RULES = {  # dtype and alignment of what a decoder takes
     "table": (torch.int32, 16),
     "out": (torch.bfloat16, 16),
 }
-NAMES = ("luts", "encoded_exponent", "sign_mantissa", "gaps", "output_positions", "out", "table")  # as df11::Unit has them
+NAMES = ("luts", *(name for name in ARRAYS if name != "luts"), "out", "table")  # as df11::Unit has them
 UNIT = "PPPPPPqqi"  # df11::Unit in struct's letters
 PART = struct.Struct(f"{UNIT}4xPii")  # Part of decode_fast.cu
 MAX_PARTS = 40  # of a launch
@@ -116,13 +116,18 @@ class Device:
     """One GPU: torch's primary context, the kernels loaded into it, and a stream to launch from for each foreign stream."""
 
     def __init__(self, index: int) -> None:
+        properties = torch.cuda.get_device_properties(index)
+        if properties.major < 8:
+            raise GpuError(
+                f"cuda:{index} ({properties.name}) has compute capability {properties.major}.{properties.minor}, the kernels need "
+                '8.0 or newer: use another GPU, or the CPU with device_map="cpu"'
+            )
         self._driver = _driver()
         torch.cuda.init()
         self._driver.init()
         torch.zeros(1, device=f"cuda:{index}")  # makes torch set up the context that is retained here
         self.index = index
         self.context = self._driver.Device(index).retain_primary_context()
-        properties = torch.cuda.get_device_properties(index)
         self.arch = f"sm_{properties.major}{properties.minor}"
         self.processors = properties.multi_processor_count
         self._modules: dict[str, Any] = {}
@@ -133,8 +138,7 @@ class Device:
         """A function of kernels/<source>.cu. `arguments` in struct's letters. Threads and shared memory: as its file says, or
         `threads` and none."""
         if name not in self._kernels:
-            self.context.push()
-            try:
+            with self.current():
                 if source not in self._modules:
                     self._modules[source] = self._driver.module_from_file(str(build(source, self.arch)))
                 module = self._modules[source]
@@ -146,8 +150,6 @@ class Device:
                     function.set_attribute(self._driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, int(shape[1]))
                 function.prepare(arguments)
                 self._kernels[name] = Kernel(function, (int(shape[0]), 1, 1), int(shape[1]), int(shape[2]))
-            finally:
-                self.context.pop()
         return self._kernels[name]
 
     @contextmanager
@@ -161,15 +163,12 @@ class Device:
 
     def foreign_kernel(self, path: Path, name: str, arguments: str, threads: int, shared: int) -> Kernel:
         """A function of somebody else's cubin or PTX."""
-        self.context.push()
-        try:
+        with self.current():
             if str(path) not in self._modules:
                 self._modules[str(path)] = self._driver.module_from_file(str(path))
             function = self._modules[str(path)].get_function(name)
             function.prepare(arguments)
             return Kernel(function, (threads, 1, 1), shared)
-        finally:
-            self.context.pop()
 
     def launch(self, kernel: Kernel, blocks: int, *arguments: int | bytes) -> None:
         """Launch on torch's current stream of this device.
@@ -178,8 +177,7 @@ class Device:
         which a graph capture follows.
         """
         current = torch.cuda.current_stream(self.index)
-        self.context.push()
-        try:
+        with self.current():
             if current.cuda_stream == 0:
                 kernel.function.prepared_async_call((blocks, 1), kernel.block, None, *arguments, shared_size=kernel.shared)
                 return
@@ -190,16 +188,13 @@ class Device:
             wrapped.wait_stream(current)
             kernel.function.prepared_async_call((blocks, 1), kernel.block, own, *arguments, shared_size=kernel.shared)
             current.wait_stream(wrapped)
-        finally:
-            self.context.pop()
 
     def close(self) -> None:
         """Unload, with the context current, and release it."""
-        self.context.push()
-        self._kernels.clear()
-        self._modules.clear()
-        self._streams.clear()
-        self.context.pop()
+        with self.current():
+            self._kernels.clear()
+            self._modules.clear()
+            self._streams.clear()
         self.context.detach()
 
 

@@ -65,8 +65,10 @@ def _library() -> Any:
     return library
 
 
-def _call(name: str, *arguments: Any) -> None:
-    status = getattr(_library(), f"nvcompBatchedANS{name}")(*arguments)
+def _call(device: torch.device, name: str, *arguments: Any) -> None:
+    function = getattr(_library(), f"nvcompBatchedANS{name}")
+    with torch.cuda.device(device):  # the stream's
+        status = function(*arguments)
     if status:
         raise RuntimeError(f"nvcompBatchedANS{name}: {STATUSES.get(status, 'error')} ({status})")
 
@@ -94,7 +96,7 @@ class AnsBatch:
         self._statuses = torch.full((count,), -1, dtype=torch.int32, device=device)
         self._options = _DecompressOptions(data_type=data_type)
         needed = c_size_t()
-        _call("DecompressGetTempSize", count, self._chunk, self._options, byref(needed), self._total, _stream(compressed))
+        _call(device, "DecompressGetTempSize", count, self._chunk, self._options, byref(needed), self._total, _stream(compressed))
         self._temporary = torch.empty(max(needed.value, 1), dtype=torch.uint8, device=device)
         self._out: tuple[int, torch.Tensor] = (0, self._pointers)
 
@@ -111,8 +113,8 @@ class AnsBatch:
         sizes = torch.full((count,), chunk_bytes, dtype=torch.int64, device=data.device)
         sizes[-1] = data.nbytes - (count - 1) * chunk_bytes
         most, needed = c_size_t(), c_size_t()
-        _call("CompressGetMaxOutputChunkSize", chunk_bytes, options, byref(most))
-        _call("CompressGetTempSize", count, chunk_bytes, options, byref(needed), data.nbytes, _stream(data))
+        _call(data.device, "CompressGetMaxOutputChunkSize", chunk_bytes, options, byref(most))
+        _call(data.device, "CompressGetTempSize", count, chunk_bytes, options, byref(needed), data.nbytes, _stream(data))
         step = -(-most.value // ALIGNMENT) * ALIGNMENT
         loose = torch.empty(count * step, dtype=torch.uint8, device=data.device)
         temporary = torch.empty(max(needed.value, 1), dtype=torch.uint8, device=data.device)
@@ -120,6 +122,7 @@ class AnsBatch:
         statuses = torch.full((count,), -1, dtype=torch.int32, device=data.device)
         inputs, outputs = _addresses(data, chunk_bytes, count), _addresses(loose, step, count)
         _call(
+            data.device,
             "CompressAsync",
             *(inputs.data_ptr(), sizes.data_ptr(), chunk_bytes, count, temporary.data_ptr(), temporary.nbytes),
             *(outputs.data_ptr(), got.data_ptr(), options, statuses.data_ptr(), _stream(data)),
@@ -147,6 +150,7 @@ class AnsBatch:
         if self._out[0] != out.data_ptr():
             self._out = (out.data_ptr(), _addresses(out, self._chunk, len(self._sizes)))
         _call(
+            out.device,
             "DecompressAsync",
             *(self._pointers.data_ptr(), self._compressed_sizes.data_ptr(), self._sizes.data_ptr(), self._actual.data_ptr()),
             *(len(self._sizes), self._temporary.data_ptr(), self._temporary.nbytes),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from df11 import bits, gpu
+from df11.formats import dfloat11
 from df11.formats.dfloat11 import DFloat11, DFloat11Unit, raw_unit
 
 torch.library.define(
@@ -42,25 +43,18 @@ def _decompress_cpu(
     out: Sequence[torch.Tensor],
     decoder: str = "fast",
 ) -> None:
-    given = (encoded_exponent, sign_mantissa, luts, gaps, output_positions, out)
-    for stream, sm, lut, gap, positions, to in zip(*given, strict=True):
+    given = (encoded_exponent, sign_mantissa, luts, gaps, output_positions, table)
+    for *arrays, to in zip(*given, out, strict=True):
         if to.dtype != torch.bfloat16 or not to.is_contiguous():
             raise ValueError(f"out must be contiguous bfloat16, it is {to.dtype} with strides {to.stride()}")
-        unit = DFloat11Unit(
-            shapes=(tuple(to.shape),),
-            encoded_exponent=stream.numpy(),
-            sign_mantissa=sm.numpy(),
-            luts=lut.numpy(),
-            gaps=gap.numpy(),
-            output_positions=positions.numpy().view("uint32"),
-        )
+        unit = CompressedUnit((tuple(to.shape),), *arrays).to_unit()
         flat, at = to.view(-1), 0
         for piece in DFloat11().stream(unit):
             flat[at : at + piece.numel()] = piece
             at += piece.numel()
 
 
-ARRAYS = ("encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions", "table")  # as the operator takes them
+ARRAYS = (*dfloat11.ARRAYS, "table")  # as the operator takes them
 
 
 @dataclass(frozen=True)
@@ -86,17 +80,9 @@ class CompressedUnit:
         if "raw" in arrays:
             raw = arrays["raw"].to(device)
             return cls(shapes, empty, empty, empty, empty, empty.int(), empty.int(), raw, checksum)
-        luts = arrays["luts"].to(device)
-        return cls(
-            shapes,
-            arrays["encoded_exponent"].to(device),
-            arrays["sign_mantissa"].to(device),
-            luts,
-            arrays["gaps"].to(device),
-            arrays["output_positions"].to(device),
-            gpu.build_table(luts) if luts.is_cuda else empty.int(),
-            checksum=checksum,
-        )
+        moved = {name: arrays[name].to(device) for name in dfloat11.ARRAYS}
+        table = gpu.build_table(moved["luts"]) if moved["luts"].is_cuda else empty.int()
+        return cls(shapes, **moved, table=table, checksum=checksum)
 
     @classmethod
     def from_unit(cls, unit: DFloat11Unit, device: torch.device | str) -> CompressedUnit:
@@ -114,15 +100,9 @@ class CompressedUnit:
         """The unit in host memory."""
         if self.raw is not None:
             return raw_unit(self.shapes, bits.to_bits(self.raw.cpu()), self.checksum)
-        return DFloat11Unit(
-            self.shapes,
-            encoded_exponent=self.encoded_exponent.cpu().numpy(),
-            sign_mantissa=self.sign_mantissa.cpu().numpy(),
-            luts=self.luts.cpu().numpy(),
-            gaps=self.gaps.cpu().numpy(),
-            output_positions=self.output_positions.cpu().numpy().view("uint32"),
-            checksum=self.checksum,
-        )
+        arrays = {name: getattr(self, name).cpu().numpy() for name in dfloat11.ARRAYS}
+        arrays["output_positions"] = arrays["output_positions"].view("uint32")
+        return DFloat11Unit(self.shapes, **arrays, checksum=self.checksum)
 
     @property
     def numel(self) -> int:

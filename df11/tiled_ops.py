@@ -11,17 +11,19 @@ the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from df11 import tiled_gpu
-from df11.formats.tiled import Tiled, TiledCode, TiledMatrix, TiledUnit, make_code
+from df11.formats.tiled import Tiled, TiledMatrix, TiledUnit
+from df11.formats.tiled_code import TiledCode, make_code
 from df11.formats.tiled_encoder import encode, histogram
 
 MOST_ROWS = tiled_gpu.MOST_ROWS  # of x
 ARRAYS = tuple(tiled_gpu.RULES)
+TILE_ROWS = tiled_gpu.TILE_ROWS
 _MATRIX = "Tensor[] arrays, int uppers"
 
 torch.library.define("df11::tiled_linear", f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None) -> Tensor")
@@ -128,6 +130,13 @@ class TiledWeight:
         found: torch.Tensor = torch.ops.df11.tiled_rows(ids, self.arrays, self.uppers, *self.shape)
         return found
 
+    def part(self, start: int, stop: int) -> TiledWeight:
+        """Rows [start, stop) of the same arrays. start: a multiple of 16; stop: another, or the end."""
+        across = self.low.shape[0] // -(-self.shape[0] // TILE_ROWS)
+        first, last = start // TILE_ROWS * across, -(-stop // TILE_ROWS) * across
+        shape, tiles = (stop - start, self.shape[1]), self.tiles[first : last + 1]
+        return replace(self, shape=shape, low=self.low[first:last], sign=self.sign[first:last], tiles=tiles)
+
     def to_unit(self) -> TiledUnit:
         """The matrix in host memory."""
 
@@ -137,4 +146,7 @@ class TiledWeight:
 
         code = TiledCode(host(self.table), np.array([self.uppers], np.int64).view(np.uint8))
         arrays = {name: host(getattr(self, name)) for name in ARRAYS if name != "table"}
+        (byte, patch), (last_byte, last_patch) = arrays["tiles"][[0, -1]].tolist()  # of a part not from the first on
+        arrays["stream"], arrays["patches"] = arrays["stream"][byte:last_byte], arrays["patches"][patch:last_patch]
+        arrays["tiles"] = arrays["tiles"] - arrays["tiles"][0]
         return TiledUnit(code, (TiledMatrix(self.shape, self.fragments, **arrays),))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,13 @@ def test_builds_are_cached_and_failures_told(monkeypatch: pytest.MonkeyPatch, tm
     assert cubin == gpu.build("decode_fast", "sm_90") and cubin.read_text() == "made\n"
     assert cubin != gpu.build("decode_fast", "sm_80")
     assert list((tmp_path / "cache" / "kernels").glob("tmp*")) == []
+
+
+def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    with pytest.raises(gpu.GpuError, match=r'Tesla T4.* 7\.5.* 8\.0 or newer.*device_map="cpu"'):
+        gpu.Device(0)
 
 
 def test_pycuda_waits_for_the_first_launch() -> None:

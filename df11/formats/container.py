@@ -12,7 +12,7 @@ import safetensors.numpy
 import xxhash
 
 from df11.formats import FormatError, expect
-from df11.formats.dfloat11 import DFloat11, DFloat11Unit, raw_unit
+from df11.formats.dfloat11 import ARRAYS, DFloat11, DFloat11Unit, raw_unit
 
 VERSION = 1
 
@@ -44,7 +44,7 @@ def unpack(data: bytes) -> DFloat11Unit:
     expect(header.get("format") == "dfloat11", f"format {header.get('format')!r} is not dfloat11")
     expect(header.get("version") == VERSION, f"container version {header.get('version')!r} is not known")
     expect(stored == _checksum(arrays, header), "the stored checksum does not match: the container was altered")
-    names = {"raw"} if "raw" in arrays else {"encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions"}
+    names = {"raw"} if "raw" in arrays else set(ARRAYS)
     expect(set(arrays) == names, f"expected the arrays {sorted(names)}, found {sorted(arrays)}")
     if "raw" in arrays:
         unit = raw_unit(shapes, arrays["raw"], checksum)

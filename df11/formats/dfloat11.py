@@ -17,11 +17,8 @@ marked as such; `strict=True` refuses it. docs/format.md has the layout to the b
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +27,7 @@ from numba import njit
 
 from df11 import bits
 from df11.formats import Chunks, FormatError, UnsupportedBits, chunks_of, expect
+from df11.formats.codec import Codec, check_count, checked
 from df11.formats.luts import FIRST_POINTER, WINDOW, build_luts, check_luts, choose_code, window_table
 from df11.huffman import MAX_CODE_LENGTH, Code
 
@@ -37,9 +35,7 @@ CHUNK_BYTES = 8  # of the stream a thread
 BLOCK_CHUNKS = 512  # threads a block
 BLOCK_BYTES = CHUNK_BYTES * BLOCK_CHUNKS
 SEGMENT = 1 << 18  # weights encoded by one thread at a time
-
-T = TypeVar("T")
-R = TypeVar("R")
+ARRAYS = ("encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions")  # split_positions follow from the shapes
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,10 @@ class DFloat11Unit:
         """What is stored, by name."""
         if self.raw is not None:
             return {"raw": self.raw}
-        names = ("encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions", "split_positions")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*ARRAYS, "split_positions")}
 
 
-class DFloat11:
+class DFloat11(Codec):
     """Encoder and decoder. Work is spread over `threads` threads (0: all cores)."""
 
     name = "dfloat11"
@@ -80,12 +75,9 @@ class DFloat11:
     def __init__(self, max_code_length: int = MAX_CODE_LENGTH, threads: int = 0, strict: bool = False) -> None:
         if not 8 <= max_code_length <= MAX_CODE_LENGTH:
             raise ValueError(f"max_code_length={max_code_length}: the layout takes 8 to {MAX_CODE_LENGTH}")
-        if threads < 0:
-            raise ValueError(f"threads={threads}: give a number of threads, or 0 for all cores")
+        super().__init__(threads)
         self.max_code_length = max_code_length
-        self.threads = threads or len(os.sched_getaffinity(0))
         self.strict = strict
-        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def encode(self, chunks: Chunks, shapes: Sequence[tuple[int, ...]], code: Code | None = None) -> DFloat11Unit:
         """Compress a bf16 stream, read twice: for its histogram, then for its codes. Memory: the result and a few chunks.
@@ -102,9 +94,7 @@ class DFloat11:
         counts = np.array(histograms, np.int64).reshape(-1, bits.EXPONENTS)
         histogram = counts.sum(0)
         n = int(histogram.sum())
-        expected = sum(math.prod(s) for s in shapes)
-        if n != expected:
-            raise ValueError(f"the stream holds {n} weights where the shapes ask for {expected}")
+        check_count(n, shapes)
         if histogram[FIRST_POINTER:].any():
             if self.strict:
                 raise UnsupportedBits(
@@ -167,12 +157,6 @@ class DFloat11:
             flat = bits.to_bits(chunk)
             yield [flat[i : i + SEGMENT] for i in range(0, flat.size, SEGMENT)]
 
-    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        # The numba kernels release the GIL. One thread means this one.
-        if self._pool is None or len(items) < 2:
-            return [function(item) for item in items]
-        return list(self._pool.map(function, items))
-
     def _encode_raw(self, chunks: Chunks, shapes: tuple[tuple[int, ...], ...], n: int, checksum: str) -> DFloat11Unit:
         raw = np.empty(n, np.uint16)
         at = 0
@@ -234,12 +218,7 @@ class DFloat11:
 
     def _pieces(self, unit: DFloat11Unit) -> Iterator[np.ndarray]:
         self.check(unit)
-        digest = xxhash.xxh3_128()
-        for piece in self._decoded(unit) if unit.raw is None else [unit.raw]:
-            digest.update(piece.data)
-            yield piece
-        if unit.checksum and digest.hexdigest() != unit.checksum:
-            raise FormatError("the decoded weights do not match the stored checksum: the data was altered")
+        yield from checked(self._decoded(unit) if unit.raw is None else [unit.raw], unit.checksum)
 
     def _decoded(self, unit: DFloat11Unit) -> Iterator[np.ndarray]:
         positions = unit.output_positions.astype(np.int64)

@@ -10,13 +10,9 @@ mma.m16n8k16, F = 8, 12 ... 36: the one with the least padding). What does not g
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,34 +20,14 @@ import xxhash
 from numba import njit
 
 from df11 import bits
-from df11.formats import Chunks, FormatError, expect
-from df11.huffman import canonical_codes, code_lengths
+from df11.formats import Chunks, chunks_of, expect
+from df11.formats.codec import Codec, check_count, checked
+from df11.formats.tiled_code import ESCAPE, WINDOW, TiledCode, encoder_tables, make_code
 
-WINDOW = 12  # bits of the longest code
-RANKS = 7  # upper exponents with a rank of their own
-ESCAPE = 7
-TUPLES = 8**4
-NONE = TUPLES - 1  # the tuple of four escapes stands for all that have no code
-KEPT = (1, 7, 50, 150, 300, 500, 700, 900, 1200, 1600, 2400)  # how many tuples to give a code: the cheapest of these
 FRAGMENTS = (32, 28, 36, 24, 20, 16, 12, 8)  # of a tile, by preference
 LANES = 32
 ROWS = 16  # of a tile
-PATCH_BITS = 32
 TILES_A_TASK = 512
-
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class TiledCode:
-    """What the upper exponents of a unit are coded by."""
-
-    table: np.ndarray  # uint32[4096] by the next 12 bits, first bit lowest: ranks of the four weights, 4 bits each; length << 18
-    uppers: np.ndarray  # uint8[8] of each rank; 0 for escapes
-
-    @property
-    def nbytes(self) -> int:
-        return self.table.nbytes + self.uppers.nbytes
 
 
 @dataclass(frozen=True)
@@ -100,63 +76,21 @@ def tile_fragments(columns: int) -> int:
     return min(FRAGMENTS, key=lambda f: -(-columns // (16 * f)) * f)
 
 
-def make_code(histogram: np.ndarray) -> TiledCode:
-    """The code of a unit from its exponent histogram, int64[256], as if neighbouring weights were independent."""
-    upper = histogram.reshape(128, 2).sum(1)
-    total = max(int(upper.sum()), 1)
-    ranked = np.argsort(-upper, kind="stable")[:RANKS]
-    p = upper[ranked] / total
-    p = np.append(p, max(1 - p.sum(), 0.0))
-    tuples = np.einsum("a,b,c,d->abcd", p, p, p, p).reshape(-1)
-    order = np.argsort(-tuples, kind="stable")
-    order = order[order != NONE]
-    best = (math.inf, np.zeros(0, np.uint8))
-    for kept in KEPT:
-        chosen = order[:kept][tuples[order[:kept]] > 0]
-        weights = np.zeros(TUPLES)
-        weights[chosen] = tuples[chosen]
-        weights[NONE] = rest = max(1 - weights.sum(), 0.0)
-        # At least one, so that every chosen tuple has a code, and so has the one that stands for all others.
-        counts = np.where(weights > 0, np.maximum((weights * 2**40).astype(np.int64), 1), 0)
-        counts[NONE] = max(counts[NONE], 1)
-        lengths = code_lengths(counts, WINDOW)
-        cost = (weights * lengths).sum() + PATCH_BITS * ((weights * ESCAPES)[:NONE].sum() + 4 * rest)
-        best = min(best, (float(cost), lengths), key=lambda b: b[0])
-    lengths = best[1]
-    table = np.zeros(1 << WINDOW, np.uint32)
-    codes = canonical_codes(lengths)
-    for tuple_ in np.flatnonzero(lengths):
-        length = int(lengths[tuple_])
-        table[reverse(int(codes[tuple_]), length) :: 1 << length] = selector(int(tuple_)) | length << 18
-    table[table == 0] = selector(NONE) | 1 << 18  # a lone code of one bit leaves half of the table
-    uppers = np.zeros(8, np.uint8)
-    uppers[: len(ranked)] = ranked
-    return TiledCode(table, uppers)
+def tile_grid(rows: int, columns: int, fragments: int = 0) -> tuple[int, int, int]:
+    """Fragments of a tile, as `tile_fragments` says unless given; tiles across; tiles down."""
+    fragments = fragments or tile_fragments(columns)
+    return fragments, -(-columns // (16 * fragments)), -(-rows // ROWS)
 
 
-ESCAPES = np.array([ranks.count(ESCAPE) for ranks in itertools.product(range(8), repeat=4)])
+def fixed_bytes(tiles: int, fragments: int) -> int:
+    """Of low, sign and tiles, which do not depend on the weights."""
+    return tiles * fragments * (256 + 32) + 8 * tiles
 
 
-def reverse(code: int, length: int) -> int:
-    """First bit lowest."""
-    return int(f"{code:0{length}b}"[::-1], 2)
-
-
-def selector(tuple_: int) -> int:
-    """Four ranks, the first in the highest three bits, as nibbles, the first lowest."""
-    return sum((tuple_ >> 9 - 3 * i & 7) << 4 * i for i in range(4))
-
-
-class Tiled:
+class Tiled(Codec):
     """Encoder and decoder. Work is spread over `threads` threads (0: all cores)."""
 
     name = "tiled"
-
-    def __init__(self, threads: int = 0) -> None:
-        if threads < 0:
-            raise ValueError(f"threads={threads}: give a number of threads, or 0 for all cores")
-        self.threads = threads or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def encode(self, chunks: Chunks, shapes: Sequence[tuple[int, ...]]) -> TiledUnit:
         """Compress a bf16 stream that holds tensors of these shapes, read twice. Memory: the result and the largest tensor.
@@ -169,39 +103,25 @@ class Tiled:
             digest.update(flat.data)
             histogram += bits.histogram(flat)
             n += flat.size
-        expected = sum(math.prod(shape) for shape in shapes)
-        if n != expected:
-            raise ValueError(f"the stream holds {n} weights where the shapes ask for {expected}")
+        check_count(n, shapes)
         code = make_code(histogram)
         matrices = tuple(self._encode(flat, shape, code) for flat, shape in _tensors(chunks, shapes))
         return TiledUnit(code, matrices, digest.hexdigest())
 
     def encode_tensors(self, tensors: Sequence[torch.Tensor]) -> TiledUnit:
         """Compress tensors in memory as one unit."""
-        return self.encode(lambda: (t.reshape(-1) for t in tensors), [tuple(t.shape) for t in tensors])
+        return self.encode(chunks_of(tensors), [tuple(t.shape) for t in tensors])
 
     def decode(self, unit: TiledUnit) -> list[torch.Tensor]:
         """The original tensors. Raises FormatError where anything does not fit."""
-        self.check(unit)
-        digest, tensors = xxhash.xxh3_128(), []
-        for matrix in unit.matrices:
-            flat = self._decode(unit.code, matrix)
-            digest.update(flat.data)
-            tensors.append(bits.from_bits(flat, matrix.shape))
-        if unit.checksum and digest.hexdigest() != unit.checksum:
-            raise FormatError("the decoded weights do not match the stored checksum: the data was altered")
-        return tensors
+        # zip asks the stream for one more, and so for its checksum.
+        return [flat.view(matrix.shape) for flat, matrix in zip(self.stream(unit), unit.matrices, strict=True)]
 
     def stream(self, unit: TiledUnit) -> Iterator[torch.Tensor]:
         """The decoded tensors, flat. A wrong checksum raises FormatError after the last."""
         self.check(unit)
-        digest = xxhash.xxh3_128()
-        for matrix in unit.matrices:
-            flat = self._decode(unit.code, matrix)
-            digest.update(flat.data)
+        for flat in checked((self._decode(unit.code, matrix) for matrix in unit.matrices), unit.checksum):
             yield bits.from_bits(flat, (flat.size,))
-        if unit.checksum and digest.hexdigest() != unit.checksum:
-            raise FormatError("the decoded weights do not match the stored checksum: the data was altered")
 
     def nbytes(self, unit: TiledUnit) -> dict[str, int]:
         sizes = {"code": unit.code.nbytes}
@@ -226,10 +146,9 @@ class Tiled:
         rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
         if len(shape) < 2 or not flat.size:
             return raw_matrix(shape, flat)
-        fragments = tile_fragments(columns)
-        across = -(-columns // (16 * fragments))
-        count = -(-rows // ROWS) * across
-        fixed = count * fragments * (256 + 32) + 8 * count  # bytes of low, sign and tiles
+        fragments, across, down = tile_grid(rows, columns)
+        count = across * down
+        fixed = fixed_bytes(count, fragments)
         if fixed >= 2 * flat.size:
             return raw_matrix(shape, flat)
         ranks, lengths, values = encoder_tables(code)
@@ -259,7 +178,7 @@ class Tiled:
         if matrix.raw is not None:
             return matrix.raw
         rows, columns = matrix.size
-        across = -(-columns // (16 * matrix.fragments))
+        _, across, _ = tile_grid(rows, columns, matrix.fragments)
         out = np.empty(matrix.numel, np.uint16)
         tiles = matrix.tiles.astype(np.int64)
 
@@ -271,12 +190,6 @@ class Tiled:
         for bad in self._map(read, range(0, len(matrix.low), TILES_A_TASK)):
             expect(bad < 0, f"tile {bad} of a matrix {list(matrix.shape)} does not decode as its header says")
         return out
-
-    def _map(self, function: Callable[[int], R], items: Sequence[int]) -> list[R]:
-        # The numba kernels release the GIL. One thread means this one.
-        if self._pool is None or len(items) < 2:
-            return [function(item) for item in items]
-        return list(self._pool.map(function, items))
 
 
 def raw_matrix(shape: tuple[int, ...], flat: np.ndarray) -> TiledMatrix:
@@ -311,8 +224,8 @@ def _check(matrix: TiledMatrix) -> None:
         return
     f = matrix.fragments
     expect(f in FRAGMENTS and len(matrix.shape) > 1, f"a matrix of shape {list(matrix.shape)} has tiles of {f} fragments")
-    rows, columns = matrix.size
-    count = -(-rows // ROWS) * -(-columns // (16 * f))
+    _, across, down = tile_grid(*matrix.size, f)
+    count = across * down
     shapes: dict[str, tuple[type, tuple[int, ...]]] = {
         "low": (np.uint8, (count, f // 2, LANES, 16)),
         "sign": (np.uint32, (count, f // 4, LANES)),
@@ -326,19 +239,6 @@ def _check(matrix: TiledMatrix) -> None:
     tiles = matrix.tiles.astype(np.int64)
     expect(not tiles[0].any() and bool((np.diff(tiles, axis=0) >= 0).all()), "tiles: not rising from 0")
     expect(tiles[-1, 0] == len(matrix.stream) and tiles[-1, 1] == matrix.patches.size, "tiles: do not end where the data do")
-
-
-def encoder_tables(code: TiledCode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rank of each upper exponent; length and bits of each tuple's code, 0 where it has none."""
-    ranks = np.full(128, ESCAPE, np.int64)
-    ranks[code.uppers[RANKS - 1 :: -1]] = np.arange(RANKS - 1, -1, -1)  # the first of equal ones counts
-    lengths, values = np.zeros(TUPLES, np.int64), np.zeros(TUPLES, np.int64)
-    selected = code.table & 0xFFFF
-    tuples = sum((selected >> 4 * i & 7) << 9 - 3 * i for i in range(4))
-    lengths[tuples] = code.table >> 18
-    at = np.arange(len(code.table))
-    values[tuples] = at & ((1 << lengths[tuples]) - 1)
-    return ranks, lengths, values
 
 
 @njit(cache=True, nogil=True)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from df11.formats.tiled import ESCAPE, LANES, ROWS, TUPLES, TiledCode, encoder_tables, tile_fragments
+from df11.formats.tiled import LANES, ROWS, fixed_bytes, tile_grid
+from df11.formats.tiled_code import ESCAPE, TUPLES, TiledCode, encoder_tables
 
 CHUNK = 1 << 24  # weights at a time; some 70 bytes of memory each
 COUNTED = 1 << 27  # the same for the histogram, 16 bytes each
@@ -35,10 +36,9 @@ def encode(weights: torch.Tensor, code: TiledCode) -> dict[str, torch.Tensor] | 
     if weights.dim() < 2 or not weights.numel():
         return None
     rows, columns = math.prod(weights.shape[:-1]), weights.shape[-1]
-    f = tile_fragments(columns)
-    across, down = -(-columns // (16 * f)), -(-rows // ROWS)
-    count = down * across
-    fixed = count * f * (256 + 32) + 8 * count  # bytes of low, sign and tiles
+    f, across, down = tile_grid(rows, columns)
+    count = across * down
+    fixed = fixed_bytes(count, f)
     if fixed >= 2 * weights.numel():
         return None
     device = weights.device

@@ -254,9 +254,3 @@ def test_a_huge_claimed_shape_is_refused_before_memory_is_asked_for() -> None:
     good = DFloat11().encode_tensors([weights(100)])
     with pytest.raises(FormatError, match="sign_mantissa"):
         DFloat11().decode(dataclasses.replace(good, shapes=((1 << 50,),)))
-
-
-def test_the_worked_example_of_the_documentation() -> None:
-    unit = DFloat11(threads=1).encode_tensors([torch.tensor([1.0, -0.5, 1.0, 0.0], dtype=torch.bfloat16)])
-    assert unit.encoded_exponent.tolist() == [0x68] and unit.sign_mantissa.tolist() == [0x00, 0x80, 0x00, 0x00]
-    assert unit.gaps.tolist() == [0] * 320 and unit.output_positions.tolist() == [0, 4]

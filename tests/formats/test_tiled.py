@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from df11 import bits
 from df11.formats import FormatError
-from df11.formats.tiled import ESCAPE, NONE, WINDOW, Tiled, TiledUnit, make_code, selector, tile_fragments
+from df11.formats.tiled import Tiled, TiledUnit, tile_fragments, tile_grid
+from df11.formats.tiled_code import ESCAPE, NONE, WINDOW, make_code, selector
 
 FORMAT = Tiled(threads=2)
 
@@ -97,6 +98,12 @@ def test_any_size_and_scale(rows: int, columns: int, std: float, seed: int) -> N
 )
 def test_the_tile_size_follows_from_the_columns(columns: int, fragments: int) -> None:
     assert tile_fragments(columns) == fragments
+
+
+def test_the_grid_of_tiles_covers_the_matrix() -> None:
+    assert tile_grid(33, 2304) == (36, 4, 3)
+    assert tile_grid(1, 1) == (8, 1, 1)
+    assert tile_grid(48, 4096, 8) == (8, 32, 3)
 
 
 def test_codes_decode_what_they_encode() -> None:
