@@ -1,7 +1,8 @@
-"""The main numbers of docs/scaling.md are what the committed rows give."""
+"""The main numbers of README.md, results/README.md and docs/scaling.md are what the committed rows give."""
 
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -14,15 +15,179 @@ MODEL = "llama3_1_405b_synthetic"
 CARDS: dict[str, Any] = {"model": MODEL, "card": "H100 80 GB", "cards": 8}
 MEMORY, RESERVE = 81559 << 20, 2_000_000_000
 TILED_BITS = 10.94
-TEXT = " ".join((ROOT / "docs" / "scaling.md").read_text().split())
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+SMOLLM2, LLAMA = "smollm2_135m", "llama3_1_8b_synthetic"
 
 
-def value(table: str, **identity: Any) -> float:
-    """The median of the rows with this identity."""
-    rows = pd.read_csv(ROOT / "results" / f"{table}.csv", dtype=str)
+def text(file: str) -> str:
+    return " ".join((ROOT / file).read_text().split())
+
+
+TEXT = text("docs/scaling.md")
+
+
+@cache
+def table(name: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "results" / f"{name}.csv", dtype=str).astype({"value": float})
+
+
+def rows(name: str, **identity: Any) -> pd.DataFrame:
+    found = table(name)
     for column, wanted in identity.items():
-        rows = rows[rows[column] == str(wanted)]
-    return float(median(rows["value"].astype(float)))
+        found = found[found[column] == str(wanted)]
+    return found
+
+
+def value(name: str, **identity: Any) -> float:
+    """The median of the repeats of what has this identity; of several numbers only where they are equal."""
+    found = rows(name, **identity)
+    assert len(found.drop(columns=["value", "repeat"]).drop_duplicates()) == 1 or found["value"].nunique() == 1, (name, identity)
+    return float(found["value"].median())
+
+
+def values(name: str, axes: list[str], **identity: Any) -> pd.Series:
+    """The same along axes."""
+    found = rows(name, **identity)
+    assert not found.duplicated([*axes, "repeat"]).any(), (name, axes, identity)
+    return found.groupby(axes)["value"].median()
+
+
+def paper(name: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "results" / "paper" / f"{name}.csv").set_index("model")
+
+
+def span(series: pd.Series, digits: int = 2) -> str:
+    return f"{series.min():.{digits}f} to {series.max():.{digits}f}"
+
+
+def step(gpu: str, codec: str, batch_size: int = 1, launch: str = "graph", **which: str) -> float:
+    """ms, of Llama 3.1 8B."""
+    identity = {"gpu": gpu, "codec": codec, "batch_size": batch_size, "launch": launch, "phase": "decode", "metric": "ms_per_step"}
+    return value("same_gpu", **identity, **which)
+
+
+def fused(batch_size: int) -> tuple[float, float]:
+    """The same fused, and in BF16 with merged projections."""
+    return step(H100, "tiled", batch_size), step(H100, "bf16", batch_size, variant="merged")
+
+
+def speedup(batch_size: int) -> pd.Series:
+    """Of fused products, by shape."""
+    which = {"kernel": "tiled", "mode": "fused", "metric": "speedup_vs_cublas"}
+    return values("linear", ["rows", "columns"], gpu=H100, batch_size=batch_size, **which)
+
+
+def bits_of_shapes() -> pd.Series:
+    return rows("linear", gpu=H100, metric="bits_per_weight").groupby(["rows", "columns"])["value"].median()
+
+
+def offload_ratio(placement: str) -> str:
+    """Of DF11 wholly on the GPU to BF16 placed so."""
+    tokens = values("offload", ["placement", "codec", "model", "batch_size"], gpu=H200, metric="tokens_per_s")
+    return span(tokens["resident", "dfloat11"] / tokens[placement, "bf16"], 1)
+
+
+def load_ratio(cache: str) -> float:
+    seconds = values("load_time", ["codec"], gpu=H200, cache=cache, metric="total_s")
+    return float(seconds["dfloat11"] / seconds["bf16"])
+
+
+def nemo() -> tuple[int, int]:
+    """Tokens until the memory is full: DF11, BF16."""
+    which = {"gpu": H200, "model": "mistral_nemo_synthetic", "memory_mib": 24564, "metric": "max_tokens"}
+    tokens = values("generation_length", ["codec"], **which)
+    return int(tokens["dfloat11"]), int(tokens["bf16"])
+
+
+def claims_of_the_readme() -> Iterator[str]:
+    ratio = {"name": "compression_ratio", "module": "all"}
+    percent = value(**ratio, model=SMOLLM2, scope="compressed", metric="ratio_percent")
+    bits = value(**ratio, model=SMOLLM2, scope="model", metric="bits_per_weight")
+    yield f"dequantised from 4 bits | {percent:.2f} % of its BF16 size over all matrices, {bits:.2f} bits a weight with"
+    synthetic: dict[str, Any] = ratio | {"axes": ["model"], "weights": "synthetic-normal", "scope": "compressed"}
+    percents, bits, bound = (values(**synthetic, metric=m) for m in ("ratio_percent", "bits_per_weight", "entropy_bound_bits"))
+    yield f"| {len(percents)} published geometries, 4B to 405B, synthetic normal weights | {span(percents)} %,"
+    yield f"| {span(percents)} %, {bits.median():.2f} bits a weight (entropy bound {bound.median():.2f}) |"
+    published = paper("compression")["ratio_percent"].filter(regex="^(?!FLUX|Stable Diffusion)")
+    yield f"| published for the trained models of {['nine', 'ten'][len(published) - 9]} of them | {span(published)} % |"
+    peak, largest = (value(**ratio, model=MODEL, scope="model", metric=f"{m}_bytes") / 1e9 for m in ("peak_memory", "largest_unit"))
+    yield f"| peak memory while compressing the 405B geometry | {peak:.1f} GB; its largest unit is {largest:.1f} GB |"
+
+    lm_head: dict[str, Any] = {"name": "decompression", "gpu": H200, "rows": 128256, "columns": 4096}
+    speed = values(**lm_head, axes=["codec", "kernel"], metric="gb_per_s_bf16_output")
+    share = value(**lm_head, codec="dfloat11", kernel="fast", metric="share_of_ceiling")
+    yield f"128256 x 4096 | {speed['dfloat11', 'fast']:.0f} GB/s of bf16 ({share:.0f} % of what traffic allows);"
+    size = value(**lm_head, codec="nvcomp_ans", metric="ratio_percent")
+    halves, whole = speed["nvcomp_ans", "nvcomp"], speed["nvcomp_ans_bytes", "nvcomp"]
+    yield f"; the released kernel {speed['dfloat11', 'released']:.0f} on the same bytes,"
+    yield f", nvCOMP ANS {halves:.0f} ({size:.1f} % of size; {whole:.0f} in its byte mode), pinned transfer"
+    yield f", pinned transfer from the CPU {speed['bf16', 'cpu_to_gpu_pinned']:.0f} |"
+    encode = values("compression_time", ["kernel", "model", "threads"], metric="mb_per_s_bf16")
+    cpu, released = encode["cpu"], encode["released", LLAMA, "1"]
+    yield f"one thread, two | {cpu[LLAMA, '1']:.0f} MB/s, {cpu[LLAMA, '2']:.0f} MB/s; the released encoder {released:.1f} MB/s ("
+    yield f"(of the much smaller blocks of SmolLM2 {cpu[SMOLLM2, '1']:.0f} and {cpu[SMOLLM2, '2']:.0f}:"
+    yield f"| encoding the same block on an H200 | {encode['gpu', LLAMA, '-'] / 1000:.0f} GB/s,"
+
+    budget = rows("offload", gpu=H200).groupby("model")["memory_mib"].unique().explode().astype(int) // 1024
+    yield f"Llama 3.1 8B in {budget[LLAMA]} GiB, Mistral Small 24B in {budget['mistral_small_24b_synthetic']} GiB | "
+    yield f"| {offload_ratio('accelerate')} times the tokens/s; {offload_ratio('offload')} times those of a fair offload"
+    many, few = nemo()
+    yield f"24,564 MiB are full, Mistral Nemo | {many:,} against BF16's {few:,}: {many / few:.1f} times"
+    yield f"{many / few:.1f} times (published: {paper('generation_length').loc['Mistral Nemo Instruct 12B', 'ratio']:.1f}) |"
+
+    block = {"codec": "dfloat11", "granularity": "block"}
+    own, theirs = (step(H200, **block, kernel=kernel) for kernel in ("fast", "released"))
+    ahead = step(H200, "dfloat11", granularity="block, prefetched", kernel="fast")
+    plain, merged = (step(H200, "bf16", variant=variant) for variant in ("plain", "merged"))
+    yield f"batch 1, on the H200 | {own:.1f} ms, {ahead:.1f} with the next block ahead; BF16 {plain:.1f}, {merged:.1f} with merged"
+    yield f", {merged:.1f} with merged projections; with the released kernel {theirs:.1f} |"
+    own, theirs = (step(H100, **block, kernel=kernel) for kernel in ("fast", "released"))
+    plain, merged = (step(H100, "bf16", variant=variant) for variant in ("plain", "merged"))
+    yield f"the same on the H100, in mode=fused | {fused(1)[0]:.1f} ms; BF16 {plain:.1f}, {merged:.1f} with merged"
+    yield f", {merged:.1f} with merged projections; mode=exact {own:.1f}, with the released kernel {theirs:.1f} |"
+    (few, bf16), (many, bf16_many) = fused(8), fused(32)
+    yield f"| at batch 8, at batch 32 | {few:.1f} ms against BF16's {bf16:.1f}; {many:.1f} against {bf16_many:.1f} (merged) |"
+    faster = [f"{batch}" for batch in (1, 8, 32) if fused(batch)[0] < fused(batch)[1]]
+    yield f"In a CUDA graph faster than BF16 at batch {' and '.join(faster)}, slower at 32."
+    eager = [step(H100, "tiled", launch="eager"), step(H100, "bf16", launch="eager", variant="plain")]
+    yield f"Launched eagerly it is slower than BF16 ({eager[0]:.1f} ms a step against {eager[1]:.1f} at batch 1)"
+    stored = [value("same_gpu", gpu=H100, codec=codec, metric="stored_bytes") for codec in ("tiled", "bf16")]
+    small = value("losslessness", model=SMOLLM2, codec="tiled", metric="ratio_percent")
+    yield f"in mode=fused | {100 * stored[0] / stored[1]:.2f} % of BF16's bytes; of SmolLM2"
+    yield f"; of SmolLM2-135M, whose matrices are small, {small:.2f} % |"
+
+    yield f"at {bits_of_shapes().median():.1f} bits a weight, products with"
+    yield "products with the compressed weights are faster than BF16's up to batch 8."
+    assert speedup(8).min() > 1 > speedup(16).min()
+    yield f"batch 1, {len(speedup(1))} shapes of four models | {span(speedup(1))} times as fast as"
+    yield f"times as fast as cuBLAS, {span(bits_of_shapes())} bits a weight |"
+    spans = ", ".join(span(speedup(batch)) for batch in (8, 16, 32, 64))
+    yield f"| batch 8, 16, 32, 64, the five shapes of Llama 3.1 8B | {spans} times |"
+
+    (decoded,) = values("capacity_check", ["context_tokens"], gpu=H200, launch="graph", metric="tokens_per_s").items()
+    longest = values("capacity_check", ["codec"], gpu=H200, metric="longest_context").astype(int)
+    yield f"decodes at {int(decoded[0]):,} tokens of context ({decoded[1]:.1f} tokens/s)"
+    yield f" and up to {longest['dfloat11']:,}; BF16 leaves room for {longest['bf16']:,} |"
+    yield f"cold and warm page cache | {load_ratio('cold'):.2f} and {load_ratio('warm'):.2f} of BF16's time"
+
+
+def claims_of_the_results() -> Iterator[str]:
+    yield f"{offload_ratio('accelerate')} times accelerate's CPU offload"
+    yield f"{nemo()[0] / nemo()[1]:.1f} times as many tokens for Mistral Nemo"
+    ratios = [f"{own / bf16:.2f}" for own, bf16 in map(fused, (1, 8, 32))]
+    yield f"takes {ratios[0]} of BF16's time at batch 1, {ratios[1]} at batch 8, {ratios[2]} at batch 32"
+    yield f"fused products are {span(speedup(1))} times as fast as cuBLAS's at batch 1, {span(speedup(8))} at batch 8"
+    yield f"at {span(bits_of_shapes())} bits a weight"
+    ms = values("latency_breakdown", ["batch_size", "component"], gpu=H200, kernel="fast", metric="decompression_ms")
+    yield f"takes up to {100 * (ms['16384'] / ms['1']).max() - 100:.0f} % longer"
+    entropy = value("exponent_entropy", model=SMOLLM2, scope="block", field="exponent", metric="entropy_bits")
+    yield f"exponents carry {entropy:.1f} of their 8 bits"
+
+
+@pytest.mark.parametrize(("file", "claims"), [("README.md", claims_of_the_readme), ("results/README.md", claims_of_the_results)])
+def test_numbers_are_those_of_the_rows(file: str, claims: Callable[[], Iterator[str]]) -> None:
+    said = text(file)
+    assert [claim for claim in claims() if claim not in said] == []
 
 
 def tiled(buffer: int) -> Footprint:
