@@ -1,4 +1,5 @@
-"""The product y = W x of one linear layer: fused with decompression, against cuBLAS, and against decompression before cuBLAS.
+"""The product y = W x of one linear layer: fused with decompression, against cuBLAS, and against decompression before cuBLAS,
+whole and in slices.
 
 Weights are N(0, 0.02^2), x is N(0, 1), made where they are used. On a GPU all is timed in CUDA graphs over copies of the weights,
 together more than four times the L2 cache, so that each product reads its weights from memory. Before that the weights are compared
@@ -21,7 +22,7 @@ from torch.nn.functional import linear
 
 from df11 import dispatch
 from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
-from experiments import budget
+from experiments import budget, peers
 from experiments.config import Config
 from experiments.harness import timing
 from experiments.harness.api import Need, Point
@@ -106,11 +107,16 @@ def measure(cfg: Config, rows: int, columns: int, batch_size: int) -> Iterator[d
         packed = [tiled, *(replace(tiled, **{name: getattr(tiled, name).clone() for name in ARRAYS}) for _ in range(count - 1))]
         works[alone] = lambda i: packed[i].decompress(dense[i])
         works["tiled", kernel, "exact"] = lambda i: linear(x, packed[i].decompress(out))
+        works["tiled", "sliced", "exact"] = lambda i: dispatch.sliced(packed[i], x, None, dispatch.slice_rows(tiled, x.device))
         works["tiled", "dispatch", "fused"] = lambda i: dispatch.linear(packed[i], x)
         dispatch.linear(tiled, x)  # measures where its table lacks the shape
         if batch_size <= MOST_ROWS:
             works["tiled", kernel, "fused"] = lambda i: packed[i].linear(x)
         moved |= dict.fromkeys(works.keys() - moved.keys(), tiled.nbytes + vectors) | {alone: tiled.nbytes + weights.nbytes}
+    for codec, peer in peers.pack(weights, x, count).items():
+        works[codec, codec, "fused"] = partial(peer, x=x)
+        moved[codec, codec, "fused"] = peer.nbytes + vectors
+        yield {"codec": codec, "metric": "bits_per_weight", "value": 8 * peer.nbytes / weights.numel(), "unit": "bits"}
     seconds = timed(cfg, works, count)
     middle = {variant: median(samples) for variant, samples in seconds.items()}
     fastest = min(middle["bf16", library, "-"] for library in baselines)

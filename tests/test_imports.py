@@ -42,6 +42,11 @@ def test_the_library_knows_neither_the_harness_nor_its_packages() -> None:
     assert offenders("df11", ("transformers",), allowed_in=("hf.py",)) == []
 
 
+def test_the_command_line_and_transformers_alone_know_whole_checkpoints() -> None:
+    """What is below them takes files (checkpoint_files) and what is compressed (sources) from where these are."""
+    assert {path.name for path in (ROOT / "df11").rglob("*.py") if "df11.checkpoint" in imports(path)} == {"cli.py", "hf.py"}
+
+
 def test_the_harness_knows_neither_the_library_nor_an_experiment() -> None:
     assert offenders("experiments/harness", ("df11",)) == []
     for path in (ROOT / "experiments" / "harness").glob("*.py"):
@@ -50,7 +55,7 @@ def test_the_harness_knows_neither_the_library_nor_an_experiment() -> None:
 
 
 def test_an_experiment_imports_no_other_and_no_figure() -> None:
-    shared = {"__init__", "config", "needs", "evaluation", "decoding", "budget", "footprint", "projections", "paper"}
+    shared = {"__init__", "config", "needs", "evaluation", "decoding", "budget", "footprint", "peers", "projections", "paper"}
     allowed = (*sorted(shared - {"__init__", "paper"}), "harness.api", "harness.memory", "harness.timing", "harness.progress")
     allowed += ("harness",)  # `from experiments.harness import memory` names the package too
     for path in (ROOT / "experiments").glob("*.py"):

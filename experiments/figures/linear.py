@@ -18,7 +18,7 @@ MODES = {"fused": ("tiled, fused", PURPLE, "-"), "exact": ("tiled, decompressed,
 def draw(results: Path) -> Figure:
     rows = load(results, "linear").astype({"rows": int, "columns": int, "batch_size": int})
     gpu = rows["gpu"].iloc[-1]  # the one measured last
-    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] == "tiled") & (rows["kernel"] != "dispatch")]
+    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] == "tiled") & ~rows["kernel"].isin(["dispatch", "sliced"])]
     key = ["rows", "columns", "batch_size"]
     speedup = one(rows, metric="speedup_vs_cublas").set_index(["mode", *key])["value"].sort_index()
     bits = one(rows, metric="bits_per_weight").set_index(key)["value"]

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch.nn.functional import linear as product
 
 from df11.tiled_ops import TiledWeight
-from experiments import linear
+from experiments import linear, peers
 from experiments.config import Config
 from experiments.figures import linear as linear_figure
 from experiments.figures import style
@@ -41,10 +41,10 @@ def test_linear(config: Callable[..., DictConfig], tmp_path: Path, capsys: pytes
     samples = table[table["metric"] == "us"]
     measured = samples[["rows", "batch_size", "codec", "kernel", "mode", "launch"]].value_counts()
     bf16 = {(rows, size, "bf16", "cpu", "-", "eager") for rows in ("256", "100", "40") for size in "13"}
-    ways = (("cpu", "-"), ("cpu", "exact"), ("cpu", "fused"), ("dispatch", "fused"))
+    ways = (("cpu", "-"), ("cpu", "exact"), ("sliced", "exact"), ("cpu", "fused"), ("dispatch", "fused"))
     own = {(rows, size, "tiled", *way, "eager") for rows in ("256", "100") for size in "13" for way in ways}
     assert set(measured.index) == bf16 | own and set(measured) == {2}
-    table = table[table["kernel"] != "dispatch"]
+    table = table[~table["kernel"].isin(["dispatch", "sliced"])]
     value = table.groupby(["metric", "rows", "batch_size", "codec", "mode"])["value"].median()
     assert value["speedup_vs_cublas", "40", "3", "bf16", "-"] == 1
     middle = value["us", "100", "1"]
@@ -60,13 +60,32 @@ def test_shares_are_of_the_copy_of_the_same_run(config: Callable[..., DictConfig
     monkeypatch.setattr(linear, "timed", lambda cfg, works, count: {key: [1e-3, 3e-3, 2e-3] for key in works})
     cfg = runner.typed(config(*SMALL), Config)
     rows = pd.DataFrame(linear.measure(cfg, 256, 512, 1))
-    rows = rows[rows["kernel"] != "dispatch"]
+    rows = rows[~rows["kernel"].isin(["dispatch", "sliced"])]
     share = rows[rows["metric"] == "share_of_ceiling"].set_index(["codec", "mode"])["value"]
     nbytes, vectors = 2 * 256 * 512, 2 * (256 + 512)  # the copy reads and writes as much in the same time
     assert share["bf16", "-"] == pytest.approx(100 * (nbytes + vectors) / (2 * nbytes))
     stored = rows[rows["metric"] == "bits_per_weight"]["value"].item() * 256 * 512 / 8
     assert share["tiled", "fused"] == share["tiled", "exact"] == pytest.approx(100 * (stored + vectors) / (2 * nbytes))
     assert share["tiled", "-"] == pytest.approx(100 * (stored + nbytes) / (2 * nbytes))
+
+
+def test_peers_are_measured_where_they_are_installed(
+    config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(model: torch.nn.Module) -> torch.nn.Module:
+        model[0].weight = torch.nn.Parameter(model[0].weight * 2)  # type: ignore[index]
+        return model
+
+    known = {"right": ("json", lambda model: model), "wrong": ("json", wrong), "absent": ("no_such_package", wrong)}
+    monkeypatch.setattr(peers, "PEERS", known)
+    sizes = iter(range(0, 1_000_000, 1000))
+    monkeypatch.setattr(peers, "_allocated", lambda weights: next(sizes))
+    rows = pd.DataFrame(linear.measure(runner.typed(config(*SMALL), Config), 256, 512, 1))
+    assert {"right"} == set(rows["codec"]) - {"bf16", "tiled"}
+    right = rows[rows["codec"] == "right"]
+    assert set(right["metric"]) == {"bits_per_weight", "us", "speedup_vs_cublas", "share_of_ceiling"}
+    assert right.loc[right["metric"] == "bits_per_weight", "value"].item() == 8 * 1000 / (256 * 512)
+    assert "wrong: no rows of 256 x 512: its product" in capsys.readouterr().err
 
 
 def test_the_error_of_fused_products(tiled: tuple[torch.Tensor, TiledWeight], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,75 @@
+"""Products with losslessly compressed weights by other packages, where they are installed: measured beside this project's."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.harness import timing
+
+
+def _glyd(model: nn.Module) -> nn.Module:
+    import glyd.gpu
+
+    packed: nn.Module = glyd.gpu.compress(model, layout="mma12", compile=False)
+    return packed
+
+
+def _nwc(model: nn.Module) -> nn.Module:
+    import nwc
+
+    return nwc.convert(model) or model
+
+
+PEERS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # codec: the package, and what compresses a model in place
+    "glyd_mma12": ("glyd", _glyd),
+    "nwc": ("nwc", _nwc),
+}
+
+
+class Peer:
+    """A layer with these weights, bf16 [out, in], packed anew for each of `count` copies; `nbytes` is what one takes on the GPU."""
+
+    def __init__(self, codec: str, weights: torch.Tensor, count: int) -> None:
+        self.layers = []
+        for _ in range(count):
+            before = _allocated(weights)
+            model = nn.Sequential(nn.Linear(weights.shape[1], weights.shape[0], bias=False, device="meta"))
+            model[0].weight = nn.Parameter(weights.clone(), requires_grad=False)
+            self.layers.append(PEERS[codec][1](model.eval())[0])  # type: ignore[index]
+            del model
+            self.nbytes = _allocated(weights) - before
+
+    def __call__(self, i: int, x: torch.Tensor) -> Any:
+        return self.layers[i](x)
+
+
+def _allocated(weights: torch.Tensor) -> int:
+    return torch.cuda.memory_allocated(weights.device) if weights.is_cuda else 0
+
+
+def pack(weights: torch.Tensor, x: torch.Tensor, count: int) -> dict[str, Peer]:
+    """The peers that are installed and compute these products: one that fails, or is far from right, is told and left out."""
+    found = {}
+    for codec, (package, _) in PEERS.items():
+        if importlib.util.find_spec(package) is None:
+            continue
+        try:
+            with torch.no_grad():
+                peer = Peer(codec, weights, count)
+                product, expected = (y.float() for y in (peer(0, x), nn.functional.linear(x, weights)))
+                if x.is_cuda:
+                    timing.graph(partial(peer, 0, x))  # what cannot be captured fails here, alone
+            if not (product - expected).norm() < 0.01 * expected.norm():
+                raise ValueError("its product is not that of the weights")
+        except Exception as error:  # of code that is not this project's
+            print(f"{codec}: no rows of {weights.shape[0]} x {weights.shape[1]}: {error}", file=sys.stderr)
+        else:
+            found[codec] = peer
+    return found
