@@ -7,11 +7,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
 
-from df11 import fused, hf, modules, runtime
+from df11 import fused, hf, modules
 from df11.sources import ModelSpec, split_units
 from experiments.config import Config
 
@@ -82,7 +83,6 @@ def build(cfg: Config, codec: str) -> transformers.PreTrainedModel:
     model = hf.build(cfg.model.geometry, cfg.seed, cfg.device.name, finish)
     if codec == "tiled":
         fused.fuse_(model)
-        runtime.attach(model)  # for what fuse_ leaves as it is
     model.requires_grad_(False)
     return model
 
@@ -97,6 +97,11 @@ def weights(spec: ModelSpec) -> str:
     if spec.source not in ("synthetic", "random"):
         raise ValueError(f"model={spec.name}: the weights are made from a geometry here, take {spec.name}_synthetic or tiny")
     return "random" if spec.source == "random" else "synthetic-normal"
+
+
+def about(cfg: Config) -> dict[str, Any]:
+    """Where weights come from that are made from a geometry by seed, for the provenance."""
+    return {"source": "synthetic", "distribution": "transformers' initialisation", "seed": cfg.seed}
 
 
 @dataclass(frozen=True)

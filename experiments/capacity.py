@@ -30,7 +30,7 @@ def inputs(cfg: Config) -> object:
 
 
 def preflight(cfg: Config) -> Iterable[Need]:
-    return [needs.compression(cfg.model)]
+    return [needs.compression(cfg)]
 
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:

@@ -19,6 +19,7 @@ from experiments import budget
 from experiments.config import Config
 from experiments.decoding import GRANULARITIES, Decoder
 from experiments.footprint import Footprint, last_true
+from experiments.harness import timing
 from experiments.harness.api import Need, Point
 
 AXES = ("granularity", "context_tokens")
@@ -48,8 +49,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
         return
     start = time.perf_counter()
     model = budget.build(cfg, "dfloat11")
-    about = {"source": "synthetic", "distribution": "transformers' initialisation", "seed": cfg.seed}
-    about |= {"build_seconds": round(time.perf_counter() - start, 1)}
+    about = budget.about(cfg) | {"build_seconds": round(time.perf_counter() - start, 1)}
     identity = {"weights": weights, "codec": "dfloat11", "kernel": "fast" if on_gpu else "cpu"}
     for granularity, launch, tokens in runs:
         runtime.attach(model, **GRANULARITIES[granularity])
@@ -92,11 +92,11 @@ def decoding(model: Any, cfg: Config, launch: str, tokens: int) -> Iterator[dict
     for repeat in range(-cfg.bench.warmup, cfg.bench.repeats):
         fill(decoder, tokens)
         decoder.step()
-        wait(on_gpu)
+        timing.synchronize(cfg.device.name)
         start = time.perf_counter()
         for _ in range(cfg.bench.tokens - 1):
             decoder.step()
-        wait(on_gpu)
+        timing.synchronize(cfg.device.name)
         seconds = (time.perf_counter() - start) / (cfg.bench.tokens - 1)
         if repeat >= 0:
             yield {"repeat": repeat, "metric": "ms_per_step", "value": 1e3 * seconds, "unit": "ms"}
@@ -155,11 +155,6 @@ def longest(model: Any, cfg: Config, workspace: runtime.Workspace) -> Iterator[d
     yield {"metric": "predicted_longest_context", "value": all_in_all.longest(memory), "unit": "tokens"}
     yield {"metric": "decode_buffer_bytes", "value": workspace.nbytes, "unit": "bytes"}
     yield {"metric": "card_bytes", "value": memory, "unit": "bytes"}
-
-
-def wait(on_gpu: bool) -> None:
-    if on_gpu:
-        torch.cuda.synchronize()
 
 
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from df11.sources import ModelSpec
+from df11.sources.cache import default_cache
 
 
 @dataclass
@@ -97,8 +98,8 @@ class Config:
     cache_dir: str | None = None  # models; null: $DF11_CACHE or the user's cache
 
     @property
-    def cache(self) -> Path | None:
-        return Path(self.cache_dir) if self.cache_dir else None
+    def cache(self) -> Path:
+        return Path(self.cache_dir) if self.cache_dir else default_cache()
 
 
 def register() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.cache_utils import StaticLayer
 
 from df11 import ops, released, runtime
 from df11.modules import aligned
+from experiments.harness import timing
 
 LAUNCHES = ("eager", "graph")
 GRANULARITIES: dict[str, dict[str, Any]] = {  # of decompression, as in the column `granularity`: arguments of runtime.attach
@@ -40,7 +42,10 @@ class Decoder:
         window = min((layer.max_cache_len for layer in self.cache.layers), default=length)
         if launch == "graph" and window < length:
             raise ValueError(f"length={length}: a sliding window of {window} tokens can be decoded in a graph up to its end only")
-        self._graph: torch.cuda.CUDAGraph | None = None
+        if launch == "graph":  # sliding layers count in Python, which a graph does not; up to the window's end others do the same
+            layers: list[Any] = self.cache.layers
+            self.cache.layers = [StaticLayer(length) if layer.is_sliding else layer for layer in layers]
+        self._replay: Callable[[], None] | None = None
 
     @torch.inference_mode()
     def prefill(self, prompt: torch.Tensor) -> None:
@@ -54,9 +59,9 @@ class Decoder:
         if self.launch == "eager":
             self._forward(self.ids)
             return
-        if self._graph is None:
-            self._graph = self._capture()
-        self._graph.replay()
+        if self._replay is None:
+            self._replay = self._capture()
+        self._replay()
 
     def tokens(self, prompt: torch.Tensor, count: int) -> torch.Tensor:
         """The next `count` ids of each sequence, int64 [batch_size, count]."""
@@ -75,20 +80,13 @@ class Decoder:
             self.logits = logits.clone()
         self.ids.copy_(logits.argmax(-1, keepdim=True))
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Capture a step. The step before it, which loads what is loaded lazily, is taken back."""
+    def _capture(self) -> Callable[[], None]:
+        """Capture a step, which runs nothing. The step before it, which loads what is loaded lazily, is taken back."""
         state: list[tuple[torch.Tensor, torch.Tensor]] = [(tensor, tensor.clone()) for tensor in self._state()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._forward(self.ids)
-        torch.cuda.current_stream().wait_stream(stream)
+        replay = timing.graph(partial(self._forward, self.ids))
         for tensor, before in state:
             tensor.copy_(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            self._forward(self.ids)
-        return graph
+        return replay
 
     def _state(self) -> list[torch.Tensor]:
         """What a step changes besides keys and values behind the end, which nothing reads before they are written again."""

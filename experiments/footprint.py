@@ -13,7 +13,7 @@ class Footprint:
     blocks: int  # how many
     block: float  # bytes of one, the mean
     first: int  # what comes before the blocks: the embedding
-    last: int  # and after them: lm_head (where it is the embedding, a copy on another card), norms
+    last: int  # and after them: norms, and lm_head where it is not the embedding, with which it stays on one card
     buffer: int  # decompressed at a time
     reserve: int  # on each card
     cache: Callable[[int], int]  # tokens -> bytes of keys and values in all blocks

@@ -67,7 +67,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
                 if row["value"] != expected:
                     raise ValueError(f"{row['metric'].removesuffix('_crc32')} differ between codecs after {row['tokens']} tokens")
         if codec not in done:
-            yield Point(codec, rows, {"source": "a geometry", "distribution": "transformers' initialisation", "seed": cfg.seed})
+            yield Point(codec, rows, budget.about(cfg))
 
 
 def measure(cfg: Config, codec: str) -> Iterator[dict[str, Any]]:

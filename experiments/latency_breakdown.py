@@ -47,7 +47,6 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
     compressed = hf.build(one_block(cfg), cfg.seed, cfg.device.name, modules.compress_own_)
     parts = components(model)
     decoders = decompressors(cfg, parts, components(compressed))
-    about = {"source": "synthetic", "distribution": "transformers' initialisation", "seed": cfg.seed}
     for key, tokens in missing.items():
         ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(cfg.seed))
         works: Works = {(name, "-"): call for name, call in forwards(model, parts, ids.to(cfg.device.name)).items()}
@@ -61,7 +60,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
                 identity | {"metric": metric, "value": 1e3 * value, "unit": "ms", "repeat": repeat}
                 for repeat, value in enumerate(samples)
             ]
-        yield Point(key, rows, about)
+        yield Point(key, rows, budget.about(cfg))
 
 
 def components(model: Any) -> dict[str, torch.nn.Module]:

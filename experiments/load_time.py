@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,12 +21,12 @@ import torch
 
 from df11 import checkpoint, hf, ops
 from df11.sources import SafetensorsSource, open_source
-from df11.sources.cache import default_cache
-from experiments import needs
+from experiments import budget, needs
 from experiments.config import Config
 from experiments.harness.api import Need, Point
 
 AXES = ("cache",)
+FILES = ("first_token.py",)
 ROOT = Path(__file__).parents[1]
 SHARD = "5GB"
 TIMES = ("import_s", "load_s", "first_token_s")
@@ -38,23 +37,19 @@ def inputs(cfg: Config) -> object:
 
 
 def preflight(cfg: Config) -> Iterable[Need]:
-    need = needs.compression(cfg.model)
-    if not cfg.model.geometry:
-        return [need]
-    size = sum(t.nbytes for t in hf.tensor_shapes(cfg.model.geometry))
-    disk = size if cfg.model.source == "synthetic" else 0
+    size = sum(t.nbytes for t in needs.tensors_of(cfg.model))
+    disk = int(0.7 * size) + (size if cfg.model.source == "synthetic" else 0)
     gpu_memory = int(1.1 * size) if cfg.device.name == "cuda" else 0
     minutes = (2 + 4 * cfg.bench.repeats) * size / 1e9 / 60 + cfg.bench.repeats
-    return [need, Need("both checkpoints", disk=disk + int(0.7 * size), memory=size, gpu_memory=gpu_memory, minutes=minutes)]
+    both = Need("both checkpoints", disk, cfg.cache, "cache_dir", memory=size, gpu_memory=gpu_memory, minutes=minutes)
+    return [needs.compression(cfg), both]
 
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
-    folder = cfg.cache or default_cache()  # a disk: a temporary folder may be memory
-    folder.mkdir(parents=True, exist_ok=True)
     if cfg.device.name == "cuda":
         unit = ops.encode([torch.zeros(8, 8, dtype=torch.bfloat16, device="cuda")])
         unit.decompress(torch.empty(64, dtype=torch.bfloat16, device="cuda"))  # builds the kernels
-    with tempfile.TemporaryDirectory(dir=folder, prefix="load_time-") as scratch:
+    with needs.scratch(cfg) as scratch:
         original, weights, about = bf16(cfg, Path(scratch) / "bf16")
         compressed = Path(scratch) / "dfloat11"
         identity = {"weights": weights, "mode": "exact"}
@@ -80,8 +75,7 @@ def bf16(cfg: Config, directory: Path) -> tuple[Path, str, dict[str, Any]]:
             raise ValueError(f"model.distribution={cfg.model.distribution}: this experiment draws from the normal one only")
         hf.build(cfg.model.geometry, cfg.seed, cfg.device.name).save_pretrained(directory, max_shard_size=SHARD)
         torch.cuda.empty_cache()
-        about = {"source": "synthetic", "distribution": "transformers' initialisation", "seed": cfg.seed}
-        return directory, "synthetic-normal", about
+        return directory, "synthetic-normal", budget.about(cfg)
     source = open_source(cfg.model, cfg.seed, cfg.cache)
     assert isinstance(source, SafetensorsSource)
     return source.directory, source.weights, source.provenance

@@ -8,7 +8,6 @@ own: what differs is counted there too, and is not 0.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ import torch
 
 from df11 import checkpoint, fused, hf, modules, runtime
 from df11.sources import SafetensorsSource, open_source
-from experiments import needs
+from experiments import budget, needs
 from experiments.config import Config
 from experiments.decoding import GRANULARITIES, Decoder
 from experiments.harness import timing
 from experiments.harness.api import Need, Point
 
 AXES = ("phase", "granularity", "batch_size", "task")
+FILES = ("fixtures/mmlu.txt", "fixtures/truthfulqa.txt")
 NEW_TOKENS = 16
 PROMPTS = {1: 33, 4: 21}  # batch size: tokens of each prompt
 
@@ -38,16 +38,15 @@ def inputs(cfg: Config) -> object:
 
 
 def preflight(cfg: Config) -> Iterable[Need]:
-    need = needs.compression(cfg.model)
-    size = need.memory  # three times the largest unit: the model itself comes on top where it is known
-    if cfg.model.geometry:
-        size = sum(t.nbytes for t in hf.tensor_shapes(cfg.model.geometry))
-    on_gpu = cfg.device.name == "cuda"
-    return [need, Need("the model, twice", memory=2 * size, gpu_memory=2 * size if on_gpu else 0, minutes=size / 5e9)]
+    size = sum(t.nbytes for t in needs.tensors_of(cfg.model))
+    disk = 0 if cfg.model.source == "synthetic" else int(0.7 * size)  # the compressed checkpoint
+    gpu_memory = 2 * size if cfg.device.name == "cuda" else 0
+    twice = Need("the model, twice", disk, cfg.cache, "cache_dir", memory=2 * size, gpu_memory=gpu_memory, minutes=size / 5e9)
+    return [needs.compression(cfg), twice]
 
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
-    with tempfile.TemporaryDirectory() as scratch:
+    with needs.scratch(cfg) as scratch:
         model, weights, about, compress, tokenizer = load(cfg, Path(scratch))
         original = {"weights": weights, "codec": "bf16", "kernel": "-", "mode": "exact"}
         on_gpu, modes = cfg.device.name == "cuda", [mode for mode in checkpoint.MODES if mode in cfg.bench.modes]
@@ -116,8 +115,7 @@ def load(
             modules.compress_(model)
             return model
 
-        about = {"source": "synthetic", "distribution": "transformers' initialisation", "seed": cfg.seed}
-        return hf.build(cfg.model.geometry, cfg.seed, device), "synthetic-normal", about, in_place, None
+        return hf.build(cfg.model.geometry, cfg.seed, device), "synthetic-normal", budget.about(cfg), in_place, None
     source = open_source(cfg.model, cfg.seed, cfg.cache)
     assert isinstance(source, SafetensorsSource)
 

@@ -86,7 +86,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
             for size, rows in measure(cfg, name, missing):
                 key = f"{name}, batch {size}"
                 agree(agreed, key, rows)
-                yield Point(key, rows, {"source": "a geometry", "distribution": "transformers' initialisation", "seed": cfg.seed})
+                yield Point(key, rows, budget.about(cfg))
 
 
 def agree(agreed: Digests, key: str, rows: list[dict[str, Any]]) -> None:
@@ -157,22 +157,17 @@ def decode(model: transformers.PreTrainedModel, cfg: Config, batch_size: int) ->
         decoder.step()
     for repeat in range(cfg.bench.repeats):
         found = []
-        synchronize(cfg)
+        timing.synchronize(cfg.device.name)
         begin = time.perf_counter()
         for _ in range(cfg.bench.tokens):
             decoder.step()
             found.append(decoder.ids.clone())
-        synchronize(cfg)
+        timing.synchronize(cfg.device.name)
         seconds = (time.perf_counter() - begin) / cfg.bench.tokens
         yield {"metric": "s_per_step", "value": seconds, "unit": "s", "repeat": repeat}
         yield {"metric": "tokens_per_s", "value": batch_size / seconds, "unit": "tokens/s", "repeat": repeat}
         yield {"metric": "ids_crc32", "value": budget.crc32(torch.cat(found, 1)), "unit": "checksum", "repeat": repeat}
         yield {"metric": "logits_crc32", "value": budget.crc32(decoder.logits), "unit": "checksum", "repeat": repeat}
-
-
-def synchronize(cfg: Config) -> None:
-    if cfg.device.name == "cuda":
-        torch.cuda.synchronize()
 
 
 def transfer(pinned: bool) -> list[float]:

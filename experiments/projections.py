@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order in which they are called
+from df11.fused import MERGED, FollowingLinear
 
 
-class First(nn.Module):
-    """Computes all of several linear layers of one input as one product; keeps the others' outputs for them."""
+class LeadingLinear(nn.Module):
+    """Several linear layers as one product: for the others, FollowingLinear, what a FusedLinear is, but of bf16 weights."""
 
-    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers.values()]), requires_grad=False)
-        biases = [layer.bias for layer in layers.values()]
-        self.bias = nn.Parameter(torch.cat(biases).detach(), requires_grad=False) if biases[0] is not None else None
-        self.sizes = [layer.out_features for layer in layers.values()]
-        self.names = list(layers)[1:]
-        self.kept: dict[str, torch.Tensor] = {}
+        self.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        self.sizes = [layer.out_features for layer in layers]
+        self.in_features, self.out_features = layers[0].in_features, self.sizes[0]
+        self.kept: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # the input, and the others' outputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        own, *others = nn.functional.linear(x, self.weight, self.bias).split(self.sizes, -1)
-        self.kept.update(zip(self.names, others, strict=True))
+        own, *others = self.parts(x)
+        self.kept = x, others
         return own
 
-
-class Next(nn.Module):
-    """Stands for a layer that a First has computed."""
-
-    def __init__(self, name: str, kept: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.name, self.kept = name, kept
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kept.pop(self.name)
+    def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return list(nn.functional.linear(x, self.weight, self.bias).split(self.sizes, -1))
 
 
 def merge_projections_(model: nn.Module) -> int:
@@ -42,11 +36,11 @@ def merge_projections_(model: nn.Module) -> int:
     made = 0
     for parent in list(model.modules()):
         for names in MERGED:
-            layers = {name: getattr(parent, name, None) for name in names}
-            if all(isinstance(layer, nn.Linear) for layer in layers.values()):
-                first = First(layers)  # type: ignore[arg-type]
-                setattr(parent, names[0], first)
-                for name in names[1:]:
-                    setattr(parent, name, Next(name, first.kept))
+            layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), nn.Linear)]
+            if len(layers) == len(names) and len({(layer.in_features, layer.bias is None) for layer in layers}) == 1:
+                leader = LeadingLinear(layers)
+                setattr(parent, names[0], leader)
+                for index, name in enumerate(names[1:], 1):
+                    setattr(parent, name, FollowingLinear(leader, index))  # type: ignore[arg-type]
                 made += 1
     return made

@@ -105,7 +105,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
     if not settings and not sums:
         return
     identity = {"weights": budget.weights(cfg.model), "prompt_tokens": cfg.bench.prompt_tokens, "new_tokens": cfg.bench.tokens}
-    about = {"source": "synthetic", "distribution": "transformers' initialisation", "seed": cfg.seed}
+    about = budget.about(cfg)
     codecs = {setting.codec for setting in settings}
     bf16 = budget.build(cfg, "bf16") if codecs else None
     expected = {size: ids(bf16, cfg, size) for size in dict.fromkeys(setting.batch_size for setting in settings)}
@@ -183,12 +183,12 @@ def measure(model: Any, setting: Setting, cfg: Config, expected: torch.Tensor) -
 
     for repeat in range(cfg.bench.repeats):
         # The prompt is always computed eagerly: its samples are those of the first launch that is asked for.
-        seconds = elapsed(lambda: decoder.prefill(tokens), on_gpu)
+        seconds = elapsed(lambda: decoder.prefill(tokens), cfg.device.name)
         if setting.launch == (cfg.bench.launches[0] if on_gpu else "eager"):
             prefill = {"launch": "eager", "phase": "prefill", "repeat": repeat}
             yield prefill | {"metric": "ms", "value": 1e3 * seconds, "unit": "ms"}
             yield prefill | {"metric": "tokens_per_s", "value": tokens.numel() / seconds, "unit": "tokens/s"}
-        seconds = elapsed(all_steps, on_gpu)
+        seconds = elapsed(all_steps, cfg.device.name)
         yield decode | {"repeat": repeat, "metric": "ms_per_step", "value": 1e3 * seconds / steps, "unit": "ms"}
         rate = setting.batch_size * steps / seconds
         yield decode | {"repeat": repeat, "metric": "tokens_per_s", "value": rate, "unit": "tokens/s"}
@@ -198,14 +198,12 @@ def measure(model: Any, setting: Setting, cfg: Config, expected: torch.Tensor) -
         yield decode | {"metric": "peak_memory_bytes", "value": peak, "unit": "bytes"}
 
 
-def elapsed(work: Callable[[], object], on_gpu: bool) -> float:
+def elapsed(work: Callable[[], object], device: str) -> float:
     """Seconds until all that `work` enqueued is done: with the host's part, as who waits for tokens sees it."""
-    if on_gpu:
-        torch.cuda.synchronize()
+    timing.synchronize(device)
     start = time.perf_counter()
     work()
-    if on_gpu:
-        torch.cuda.synchronize()
+    timing.synchronize(device)
     return time.perf_counter() - start
 
 

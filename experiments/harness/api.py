@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 SCHEMA = 1  # of a row; part of every run_id
@@ -28,6 +29,8 @@ class Need:
 
     what: str
     disk: int = 0
+    folder: Path | None = None  # where on the disk; None: with the results
+    setting: str = "results_dir"  # moves that folder
     download: int = 0
     memory: int = 0
     gpu_memory: int = 0

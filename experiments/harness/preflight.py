@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -31,16 +31,12 @@ def check(needs: Iterable[Need], folder: Path, device: str) -> bool:
     ]
     if rows:
         show(pd.DataFrame(rows), "needed")
-    there = folder
-    while not there.exists():
-        there = there.parent
-    disk = shutil.disk_usage(there).free
     memory = _available_memory()
     gpu = _gpu_memory() if device != "cpu" else 0
-    wanted_disk, wanted_gpu = sum(n.disk for n in needs), max((n.gpu_memory for n in needs), default=0)
+    wanted_gpu = max((n.gpu_memory for n in needs), default=0)
     wanted_memory = max((n.memory for n in needs), default=0)
     verdicts = [
-        ("disk", wanted_disk, disk, "free some, or set cache_dir"),
+        *_disks([need for need in needs if need.disk], folder),
         ("memory", wanted_memory, memory, "use a smaller model, or model.sample_blocks=1 with synthetic weights"),
         ("GPU memory", wanted_gpu, gpu, "use a larger GPU or a smaller model"),
     ]
@@ -54,6 +50,23 @@ def check(needs: Iterable[Need], folder: Path, device: str) -> bool:
         print("hub token: missing. The repository is gated: accept its licence on its page, then `hf auth login` or set HF_TOKEN")
     print(f"about {sum(n.minutes for n in needs):.0f} minutes")
     return good
+
+
+def _disks(needs: Iterable[Need], folder: Path) -> Iterator[tuple[str, int, int, str]]:
+    """A verdict for each file system: what is written to it, its needs together, its free bytes, the remedy."""
+    groups: dict[int, list[Need]] = {}
+    for need in needs:
+        groups.setdefault(_existing(need.folder or folder).stat().st_dev, []).append(need)
+    for group in groups.values():
+        where = group[0].folder or folder
+        settings = " or ".join(dict.fromkeys(need.setting for need in group))
+        free = shutil.disk_usage(_existing(where)).free
+        yield f"disk of {where}", sum(need.disk for need in group), free, f"free some, or set {settings}"
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(there for there in (path, *path.absolute().parents) if there.exists())
 
 
 def _available_memory() -> int:

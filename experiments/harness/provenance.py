@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "numpy", "numba", "transformers", "safetensors", "hydra-core", "lm-eval", "pycuda", "dfloat11")
+PACKAGES = (
+    *("torch", "numpy", "numba", "transformers", "safetensors", "hydra-core", "lm-eval", "pycuda"),
+    *("dfloat11", "nvidia-libnvcomp-cu13", "glyd", "neural-weight-compression"),  # compared with
+)
 HASHED = ("run.py", "pyproject.toml", "conf", "df11", "kernels", "experiments")
 
 

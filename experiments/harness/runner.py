@@ -28,7 +28,15 @@ from experiments.harness.compare import compare
 from experiments.harness.outcomes import Outcome
 from experiments.harness.store import Journal, ResultError, complete, promote, read_csv, to_csv, write_atomically
 
-PEERS = ("dfloat11", "nvidia-libnvcomp-cu13", "lm-eval")  # measured too where they are installed
+CODE = ("df11", "kernels", "experiments/harness/timing.py", "experiments/harness/memory.py")  # what every experiment measures with
+VERSIONS = ("torch", "transformers", "numpy", "numba")  # of packages that decide speed, initialisation or random draws
+PEERS = (
+    "dfloat11",
+    "nvidia-libnvcomp-cu13",
+    "lm-eval",
+    "glyd",
+    "neural-weight-compression",
+)  # measured too where they are installed
 COMMITTED = provenance.ROOT / "results"  # what compare=... compares with, wherever results_dir is
 SEMANTIC = ("experiment", "model", "codec", "bench", "eval", "device", "seed")  # the part of a config that decides a result
 
@@ -73,13 +81,17 @@ def _known(name: str, experiments: Mapping[str, str]) -> str:
 
 
 def run_id(config: Any, module: ModuleType, gpu: str) -> str:
-    """Hash of all that decides a result: config, code, GPU, input files, packages compared with. A changed kernel is a new run."""
+    """Hash of all that decides a result: config, code, GPU, input files, versions of packages. A changed kernel is a new run.
+
+    Files beside the experiment that no import of its tells, it names itself, in FILES.
+    """
     semantic = {name: value for name, value in asdict(config).items() if name in SEMANTIC}
-    own = imported(Path(str(module.__file__)).resolve())
-    code = provenance.hash_files([*provenance.files("df11"), *provenance.files("kernels"), *own])
+    own = Path(str(module.__file__)).resolve()
+    named = [own.parent / name for name in getattr(module, "FILES", ())]
+    code = provenance.hash_files([*(path for name in CODE for path in provenance.files(name)), *imported(own), *named])
     inputs = module.inputs(config) if hasattr(module, "inputs") else None
-    peers = [provenance.version(name) for name in PEERS]
-    text = json.dumps([SCHEMA, semantic, code, gpu, inputs, peers], sort_keys=True, default=str)
+    versions = [provenance.version(name) for name in (*VERSIONS, *PEERS)]
+    text = json.dumps([SCHEMA, semantic, code, gpu, inputs, versions], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

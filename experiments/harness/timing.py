@@ -46,6 +46,14 @@ def cuda_events(works: Mapping[str, Callable[[], object]], warmup: int, repeats:
     return {name: [start.elapsed_time(stop) * 1e-3 for start, stop in pairs] for name, pairs in events.items()}
 
 
+def synchronize(device: str) -> None:
+    """Wait until all that was enqueued on a GPU is done; on the CPU nothing is enqueued."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def graph(work: Callable[[], T]) -> Callable[[], T]:
     """The replay of a CUDA graph of what `work` enqueues; it returns what `work` did, written anew.
 

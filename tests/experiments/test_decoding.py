@@ -5,6 +5,7 @@ import torch
 
 from df11 import hf, modules, runtime
 from experiments.decoding import Decoder
+from experiments.harness import timing
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300, "head_dim": 16}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -32,6 +33,16 @@ def test_a_model_made_compressed_decodes_as_the_original(tied: bool) -> None:
 def test_a_second_prefill_starts_anew() -> None:
     decoder = Decoder(hf.build(geometry(True), 1, "cpu"), 2, 20)
     assert torch.equal(decoder.tokens(IDS, 8), decoder.tokens(IDS, 8))
+
+
+@pytest.mark.parametrize(("model_type", "architecture"), [("llama", "LlamaForCausalLM"), ("gemma3_text", "Gemma3ForCausalLM")])
+def test_the_step_before_a_capture_is_taken_back(monkeypatch: pytest.MonkeyPatch, model_type: str, architecture: str) -> None:
+    """With a graph that is played: the step runs once, then each replay runs it."""
+    monkeypatch.setattr(timing, "graph", lambda work: work() or work)
+    model = hf.build({"model_type": model_type, "architectures": [architecture], **SIZES, **HEADS}, 1, "cpu")
+    decoder = Decoder(model, 2, 20, "graph")
+    assert torch.equal(decoder.tokens(IDS, 8), Decoder(model, 2, 20).tokens(IDS, 8))
+    assert not any(layer.is_sliding for layer in decoder.cache.layers)
 
 
 def test_weights_depend_on_the_seed() -> None:

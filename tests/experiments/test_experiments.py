@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import evaluation, first_token, load_time, losslessness
+from experiments import evaluation, first_token, load_time, losslessness, needs
 from experiments.config import Config
 from experiments.figures import __main__ as figures
 from experiments.figures import index, style
@@ -186,6 +186,31 @@ def test_load_time_makes_synthetic_checkpoints(config: Callable[..., DictConfig]
     cfg = runner.typed(config("experiment=load_time", "model=llama3_1_8b_synthetic", "model.sample_blocks=0", *geometry), Config)
     directory, weights, _ = load_time.bf16(cfg, tmp_path / "bf16")
     assert weights == "synthetic-normal" and len(list(load_time.compress(directory, tmp_path / "dfloat11"))) == 3
+
+
+@pytest.mark.parametrize(("name", "share"), [("compression_ratio", 1), ("load_time", 1.7), ("losslessness", 1.7)])
+def test_checkpoints_are_counted_and_made_below_the_cache(
+    config: Callable[..., DictConfig], tmp_path: Path, name: str, share: float
+) -> None:
+    cfg = runner.typed(config(f"experiment={name}", f"cache_dir={tmp_path}/cache"), Config)
+    asked = [need for need in runner.find(name, EXPERIMENTS).preflight(cfg) if need.disk]
+    assert {(need.folder, need.setting) for need in asked} == {(tmp_path / "cache", "cache_dir")}
+    size = sum(tensor.nbytes for tensor in needs.tensors_of(cfg.model))
+    assert sum(need.disk for need in asked) == pytest.approx(share * size)
+    with needs.scratch(cfg) as folder:
+        assert Path(folder).parent == tmp_path / "cache"
+    hub = runner.typed(config(f"experiment={name}", "model=llama3_1_8b"), Config)
+    assert next(need.setting for need in runner.find(name, EXPERIMENTS).preflight(hub) if need.disk) == "HF_HOME"
+
+
+@pytest.mark.parametrize(("name", "files"), [("load_time", {"first_token.py"}), ("losslessness", {"mmlu.txt", "truthfulqa.txt"})])
+def test_the_run_id_follows_files_that_no_import_tells(
+    config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, name: str, files: set[str]
+) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(runner.provenance, "hash_files", hashed.extend)
+    runner.run_id(runner.typed(config(f"experiment={name}"), Config), runner.find(name, EXPERIMENTS), "-")
+    assert {path.name for path in hashed if path.exists()} >= files | {"timing.py", "tiled.cu", "fused.py", "needs.py"}
 
 
 def test_losslessness_counts_what_differs() -> None:

@@ -1,12 +1,14 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -14,8 +16,8 @@ import pytest
 from omegaconf import DictConfig
 
 from experiments.config import Config
-from experiments.harness import memory, outcomes, provenance, runner, store, timing
-from experiments.harness.api import Point, did_you_mean
+from experiments.harness import memory, outcomes, preflight, provenance, runner, store, timing
+from experiments.harness.api import Need, Point, did_you_mean
 from experiments.harness.outcomes import Outcome
 from tests.experiments.toy import CLEAN, TOY
 
@@ -89,8 +91,15 @@ def test_the_run_id_follows_what_decides_a_result(toy: Callable[..., Outcome], m
     assert toy(seed=1).folder != first
     assert toy(bench={"repeats": 2}).folder != first
     cfg, module = runner.typed({"experiment": "toy", "model": {"name": "m"}}, Config), runner.find("toy", TOY)
-    here = runner.run_id(cfg, module, "-")
+    here, version = runner.run_id(cfg, module, "-"), provenance.version
     assert runner.run_id(cfg, module, "NVIDIA H200") != here
+    for name in (*runner.VERSIONS, *runner.PEERS):
+        with monkeypatch.context() as changed:
+            changed.setattr(provenance, "version", lambda package, name=name: "new" if package == name else version(package))
+            assert runner.run_id(cfg, module, "-") != here
+    monkeypatch.setattr(module, "FILES", ("conftest.py",), raising=False)
+    assert runner.run_id(cfg, module, "-") != here
+    monkeypatch.delattr(module, "FILES")
     monkeypatch.setattr(provenance, "hash_files", lambda paths: "changed source")
     assert runner.run_id(cfg, module, "-") != here
 
@@ -231,6 +240,23 @@ def test_preflight_runs_nothing_and_says_what_is_lacking(
     assert toy(preflight=True).state == "failed"
     assert "NOT ENOUGH" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+def test_preflight_asks_the_disk_that_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small := tmp_path / "small").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5e9 if path == small else 15e9))
+    need = Need("a", 10**10, small / "cache", "cache_dir")
+    assert not preflight.check([need], tmp_path, "cpu")
+    assert (
+        f"disk of {small}/cache: 10.0 GB needed, 5.0 GB there - NOT ENOUGH: free some, or set cache_dir\n"
+        in capsys.readouterr().out
+    )
+    assert preflight.check([replace(need, folder=tmp_path / "cache")], small, "cpu")
+    # Two folders of one file system share what is free.
+    assert not preflight.check([Need("b", 10**10), replace(need, folder=tmp_path / "cache")], tmp_path, "cpu")
+    assert "20.0 GB needed, 15.0 GB there - NOT ENOUGH: free some, or set results_dir or cache_dir\n" in capsys.readouterr().out
 
 
 def test_typed_config_equals_the_composed_one(config: Callable[..., DictConfig]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from omegaconf import DictConfig
 
 from df11 import hf
@@ -104,6 +105,18 @@ def test_merged_projections_compute_the_same(geometry: dict[str, object]) -> Non
     Decoder(model, 2, 8).tokens(ids, 3)
 
 
+def test_a_merged_projection_of_another_input_is_computed_anew() -> None:
+    """As in cross-attention; what has inputs of two sizes is not merged."""
+    parent = torch.nn.ModuleDict({name: torch.nn.Linear(8, size) for name, size in (("q_proj", 4), ("k_proj", 2), ("v_proj", 2))})
+    x, other = torch.randn(2, 3, 8)
+    with torch.inference_mode():
+        expected = [parent["q_proj"](x), parent["k_proj"](other), parent["v_proj"](x)]
+        apart = torch.nn.ModuleDict({"gate_proj": torch.nn.Linear(8, 4), "up_proj": torch.nn.Linear(6, 4)})
+        assert merge_projections_(parent) == 1 and merge_projections_(apart) == 0
+        got = [parent["q_proj"](x), parent["k_proj"](other), parent["v_proj"](x)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected, strict=True))
+
+
 def test_what_cannot_be_compiled_leaves_the_other_points(
     config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +158,15 @@ def test_cards_hold_whole_blocks() -> None:
     assert model.longest(27, cards=2) == 1 and model.needed(1, 2) == 54
     assert not footprint(block=15.0).fits(0, 29, cards=3) and footprint(block=15.0).fits(0, 30, cards=3)
     assert not footprint(first=50).fits(0, 40, cards=8)  # one card must hold the embedding
+
+
+def test_a_tied_lm_head_stays_on_the_card_of_the_embedding() -> None:
+    """So a model on several cards has no second embedding: what Footprint counts."""
+    names = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": True}
+    model = hf.build({**names, **SIZES, **HEADS, "num_hidden_layers": 4}, 1, "cpu")
+    half = sum(p.nbytes for p in model.parameters()) * 2 // 3
+    devices = infer_auto_device_map(model, {0: half, 1: half}, no_split_module_classes=["Gemma3DecoderLayer"])
+    assert devices["lm_head"] == devices["model.embed_tokens"] == 0 and devices["model.norm"] == 1
 
 
 def test_bisection() -> None:
