@@ -39,7 +39,7 @@ kernels:  ## compile every kernel (needs nvcc, no GPU)
 	  nvcc -O3 -std=c++17 -Werror all-warnings -arch=$$arch -cubin -o /dev/null kernels/$$name.cu || exit 1; done; done
 
 gpu-test:  ## the tests that need a GPU, then compute-sanitizer (in an environment that has torch with CUDA and pycuda)
-	$(PYTHON) -m pytest tests/test_gpu.py tests/test_tiled_gpu.py -m gpu
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_tiled_gpu.py tests/test_models_gpu.py -m "gpu or gpu2"
 	@dir=$$(mktemp -d) && nvcc -O3 -std=c++17 -lineinfo -arch=native -o $$dir/bench kernels/bench.cu && \
 	  for tool in memcheck racecheck; do echo "compute-sanitizer $$tool"; \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $$dir/bench --check > $$dir/log || { cat $$dir/log; exit 1; }; \

@@ -38,9 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"df11 {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("df11: interrupted; `df11 compress` goes on where it was when it is run again", file=sys.stderr)
+        resumes = options.command == "compress" and not options.released
+        again = "goes on where it was" if resumes else "begins anew"
+        print(f"df11 {options.command}: interrupted; run again, it {again}", file=sys.stderr)
         return 130
     return 0
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="leave tensors of such names as they are"
     )
-    compress.add_argument("--threads", type=int, default=0, help="default: all cores")
+    compress.add_argument("--threads", type=_positive, default=0, help="default: all cores")
     compress.add_argument(
         "--remote-code",
         action="store_true",

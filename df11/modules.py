@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from df11.ops import CompressedUnit, encode
+from df11.sources import is_matrix, is_selected
 
 PARTS = ("sign_mantissa", "luts", "gaps", "output_positions")
 ALIGNMENT = 256  # bytes; as torch's allocator does at least, so that cuBLAS chooses as for a tensor of its own
@@ -100,8 +101,11 @@ def share(module: nn.Module, name: str, holder: nn.Module, source: str) -> None:
 def compress_(model: nn.Module, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> list[str]:
     """Compress a model's bf16 matrices in place, where they are, each as a unit of its own. Returns their names.
 
-    Weights that have no code (Inf, NaN, 2^113 and more) stay as they are. Tied parameters are compressed once.
+    Weights that have no code (Inf, NaN, 2^113 and more) stay as they are. Tied parameters are compressed once. Raises ValueError
+    where a matrix is on the meta device, as what accelerate offloads is; the model is then as it was.
     """
+    for prefix, module in model.named_modules():
+        _chosen(module, prefix, include, exclude)
     done: dict[int, tuple[nn.Module, str]] = {}
     names = []
     for prefix, module in list(model.named_modules()):
@@ -116,13 +120,8 @@ def compress_(model: nn.Module, include: tuple[str, ...] = (), exclude: tuple[st
 
 def compress_own_(module: nn.Module, prefix: str = "", include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> list[str]:
     """Compress a module's own bf16 matrices as `compress_` does, not its children's."""
-    from df11.checkpoint import selected
-
     names = []
-    for name, parameter in list(module._parameters.items()):
-        full = f"{prefix}.{name}" if prefix else name
-        if parameter is None or not selected(full, parameter.dtype == torch.bfloat16, tuple(parameter.shape), include, exclude):
-            continue
+    for name, full, parameter in _chosen(module, prefix, include, exclude):
         unit = encode([parameter.detach()])
         if unit.raw is not None:
             continue
@@ -135,9 +134,22 @@ def compress_own_(module: nn.Module, prefix: str = "", include: tuple[str, ...] 
     return names
 
 
-def to_host_(module: nn.Module) -> None:
-    """Move a module's own parameters and buffers to host memory, not its children's."""
-    module._apply(lambda tensor: tensor.cpu(), recurse=False)  # type: ignore[no-untyped-call]
+def _chosen(
+    module: nn.Module, prefix: str, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> list[tuple[str, str, nn.Parameter]]:
+    """A module's own matrices to compress, with their names in the module and in the model. Raises ValueError where one has no
+    bits to compress, as it is on the meta device."""
+    chosen = []
+    for name, parameter in module._parameters.items():
+        full = f"{prefix}.{name}" if prefix else name
+        if parameter is not None and is_matrix(parameter.dtype, parameter.shape) and is_selected(full, include, exclude):
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{full} is offloaded (device_map with cpu or disk): compress it in host memory first (df11 compress),"
+                    " or use a device_map without them"
+                )
+            chosen.append((name, full, parameter))
+    return chosen
 
 
 def offload_(model: nn.Module, blocks: int, device: torch.device | str | None = None) -> list[str]:

@@ -20,7 +20,7 @@ from df11.gpu import device
 from df11.huffman import Code
 from df11.ops import CompressedUnit
 
-VERSION = "0.5.0"
+VERSION = "0.5.0"  # of the package whose layout is read and written here and in released_checkpoint.py
 
 
 def is_installed() -> bool:

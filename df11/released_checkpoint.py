@@ -20,13 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from df11.checkpoint import CheckpointError, Progress
+from df11.checkpoint_files import CheckpointError, Progress, read_config
 from df11.formats import FormatError
 from df11.formats.dfloat11 import BLOCK_CHUNKS, CHUNK_BYTES, DFloat11, DFloat11Unit
+from df11.released import VERSION
 from df11.sources import SafetensorsSource, TensorInfo, Unit, split_units
 from df11.sources.files import INDEX
 
-VERSION = "0.5.0"  # of the package that wrote the layout read here
 ARRAYS = ("encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions", "split_positions")
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the model's parameters, by name
@@ -34,8 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of the model's parameters, by name
 
 def is_released(directory: Path) -> bool:
     """Whether a directory is a checkpoint of the released package."""
-    config = directory / "config.json"
-    return config.exists() and "dfloat11_config" in json.loads(config.read_text())
+    return "dfloat11_config" in read_config(directory)
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def patterns(directory: Path) -> dict[str, list[str]]:
     """Of module names, each with the paths of the linear layers inside; none for an embedding or a linear layer."""
-    found: dict[str, list[str]] = json.loads((directory / "config.json").read_text())["dfloat11_config"]["pattern_dict"]
+    found: dict[str, list[str]] = read_config(directory)["dfloat11_config"]["pattern_dict"]
     return found
 
 
@@ -143,7 +142,7 @@ def restore(directory: Path, target: Path, shapes: Shapes, progress: Progress = 
             places |= dict.fromkeys(tensors, name)
             progress(name, sum(tensor.nbytes for tensor in tensors.values()))
     (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1) + "\n")
-    config = json.loads((directory / "config.json").read_text())
+    config = read_config(directory)
     del config["dfloat11_config"]
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _copy_others(directory, partial)
@@ -156,10 +155,9 @@ def write(source: Path, target: Path, threads: int = 0, progress: Progress = lam
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
     reader = SafetensorsSource(source)
-    parts, rest = split_units([info for info in reader.tensors() if len(info.shape) != 3])
-    rest += [info for info in reader.tensors() if len(info.shape) == 3]
-    # The released loader takes the `weight` of modules only.
-    rest += [t for unit in parts for t in unit.tensors if not t.name.endswith(".weight")]
+    config = read_config(source)
+    # The released loader takes the `weight` of linear layers and embeddings only.
+    parts, rest = split_units(reader.tensors(), wanted=lambda t: len(t.shape) == 2 and t.name.endswith(".weight"))
     loose = {info.name: info for info in rest}
     codec = DFloat11(threads=threads, strict=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -167,17 +165,14 @@ def write(source: Path, target: Path, threads: int = 0, progress: Progress = lam
     partial.mkdir(parents=True)
     known: dict[str, list[str]] = {}
     for unit in parts:
-        held = [t for t in unit.tensors if t.name.endswith(".weight")]
-        if held:
-            pattern, paths = _pattern(unit, held)
-            if known.setdefault(pattern, paths) != paths:
-                pattern = re.escape(unit.name)
-                known = {pattern: paths} | known  # the first match counts
-            others = [loose.pop(name) for name in list(loose) if name.startswith(f"{unit.name}.")]
-            _save(codec, reader, unit.name, held, others, partial / f"{unit.name.replace('.', '_')}.safetensors")
-            progress(unit.name, sum(t.nbytes for t in held))
+        pattern, paths = _pattern(unit)
+        if known.setdefault(pattern, paths) != paths:
+            pattern = re.escape(unit.name)
+            known = {pattern: paths} | known  # the first match counts
+        others = [loose.pop(name) for name in list(loose) if name.startswith(f"{unit.name}.")]
+        _save(codec, reader, unit, others, partial / f"{unit.name.replace('.', '_')}.safetensors")
+        progress(unit.name, sum(t.nbytes for t in unit.tensors))
     save_file({name: reader.read(name) for name in loose}, partial / "model.safetensors", {"format": "pt"})
-    config: dict[str, Any] = json.loads((source / "config.json").read_text()) if (source / "config.json").exists() else {}
     config["dfloat11_config"] = {
         "version": VERSION,
         "threads_per_block": [BLOCK_CHUNKS],
@@ -189,20 +184,18 @@ def write(source: Path, target: Path, threads: int = 0, progress: Progress = lam
     partial.rename(target)
 
 
-def _pattern(unit: Unit, held: list[TensorInfo]) -> tuple[str, list[str]]:
+def _pattern(unit: Unit) -> tuple[str, list[str]]:
     if unit.kind != "block":
         return re.escape(unit.name), []
     prefix, _, _ = unit.name.rpartition(".")
-    return re.escape(prefix) + r"\.\d+", [t.name.removeprefix(f"{unit.name}.").removesuffix(".weight") for t in held]
+    return re.escape(prefix) + r"\.\d+", [t.name.removeprefix(f"{unit.name}.").removesuffix(".weight") for t in unit.tensors]
 
 
-def _save(
-    codec: DFloat11, reader: SafetensorsSource, name: str, held: list[TensorInfo], others: list[TensorInfo], file: Path
-) -> None:
-    chunks: Callable[[], Iterator[torch.Tensor]] = lambda: (piece for t in held for piece in reader.chunks(t.name))  # noqa: E731
-    unit = codec.encode(chunks, [t.shape for t in held])
-    arrays = unit.arrays | {"output_positions": unit.output_positions.view(np.uint8)}
-    tensors = {f"{name}.{key}": torch.from_numpy(array) for key, array in arrays.items()}
+def _save(codec: DFloat11, reader: SafetensorsSource, unit: Unit, others: list[TensorInfo], file: Path) -> None:
+    chunks: Callable[[], Iterator[torch.Tensor]] = lambda: (piece for t in unit.tensors for piece in reader.chunks(t.name))  # noqa: E731
+    coded = codec.encode(chunks, [t.shape for t in unit.tensors])
+    arrays = coded.arrays | {"output_positions": coded.output_positions.view(np.uint8)}
+    tensors = {f"{unit.name}.{key}": torch.from_numpy(array) for key, array in arrays.items()}
     save_file(tensors | {info.name: reader.read(info.name) for info in others}, file, {"format": "pt"})
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from df11 import checkpoint, cli
+from df11 import checkpoint, checkpoint_files, cli, released_checkpoint
 from df11.checkpoint import CheckpointError
 from df11.formats import FormatError
 from df11.sources import SourceError
@@ -127,6 +127,50 @@ def test_another_original_is_told(original: Path, compressed: Path) -> None:
         checkpoint.verify(compressed, original)
 
 
+def test_another_original_is_told_by_its_tensors(compressed: Path, tmp_path: Path) -> None:
+    held = tensors()
+    embed = held["embed.weight"]
+
+    def verified(other: dict[str, torch.Tensor]) -> int:
+        save_file(other, tmp_path / "other.safetensors")
+        return checkpoint.verify(compressed, tmp_path / "other.safetensors")
+
+    assert verified(held) == len(held)  # in whichever file they are
+    for other, told in (
+        (held | {"extra": torch.ones(3)}, r"extra in .*other\.safetensors is not in the compressed checkpoint"),
+        (held | {"embed.weight": embed.reshape(32, 100)}, r"embed\.weight in .* was BF16 \[100, 32\], .* BF16 \[32, 100\]"),
+        (held | {"embed.weight": embed.view(torch.int16)}, r"embed\.weight in .* was BF16 .* holds I16 \[100, 32\]"),
+        ({name: held[name] for name in held if name != "counter"}, r"counter in .*model-00002-of-00002.* is not in .*other"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            verified(other)
+
+
+def test_tensors_that_the_index_does_not_name_are_verified_too(original: Path, tmp_path: Path) -> None:
+    file = original / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    del index["weight_map"]["counter"]
+    file.write_text(json.dumps(index))
+    checkpoint.compress(original, tmp_path / "compressed")
+    assert checkpoint.verify(tmp_path / "compressed", original) == len(tensors())
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_config_is_named(
+    original: Path, compressed: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = str(tmp_path / "x")
+    for directory, command in (
+        (original, ["compress", str(original), target]),
+        (original, ["compress", str(original), target, "--released"]),
+        (compressed, ["restore", str(compressed), target]),
+    ):
+        (directory / "config.json").write_text(text)
+        assert cli.main(command) == 1
+        assert f"{directory / 'config.json'} is damaged" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*x*"))  # nothing was begun
+
+
 def test_errors_of_use(original: Path, compressed: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"):
         checkpoint.compress(original, compressed)
@@ -184,6 +228,32 @@ def test_the_command_line(original: Path, tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.count("\n  df11 ") == 3
 
 
+@pytest.mark.parametrize("threads", ["-1", "0", "many"])
+def test_threads_are_a_positive_number(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compress", "a", "b", "--threads", threads])
+    assert f"'{threads}' is not a positive number" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_how_it_goes_on(
+    original: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    (original / "config.json").unlink()
+    for module, name in ((checkpoint, "compress"), (checkpoint, "verify"), (released_checkpoint, "write")):
+        monkeypatch.setattr(module, name, interrupt)
+    target = str(tmp_path / "x")
+    for command, told in (
+        (["compress", str(original), target], "df11 compress: interrupted; run again, it goes on where it was"),
+        (["compress", str(original), target, "--released"], "df11 compress: interrupted; run again, it begins anew"),
+        (["verify", str(compressed)], "df11 verify: interrupted; run again, it begins anew"),
+    ):
+        assert cli.main(command) == 130
+        assert told in capsys.readouterr().err
+
+
 def test_peak_memory_is_a_few_tensors(tmp_path: Path) -> None:
     """Ten matrices of 8 MB, of which not all may be in memory at once."""
     (tmp_path / "big").mkdir()
@@ -209,7 +279,7 @@ def test_names_that_lead_out_of_the_directory_are_refused(compressed: Path, tmp_
     path = compressed / checkpoint.MANIFEST
     manifest = json.loads(path.read_text())
     manifest["originals"][name] = "x"
-    manifest["checksum"] = checkpoint._checksum(manifest)
+    manifest["checksum"] = checkpoint_files.checksum_of(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="do not trust"):
         checkpoint.restore(compressed, tmp_path / "restored")

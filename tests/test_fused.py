@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from df11 import checkpoint, cli, hf, modules
 from df11.fused import FollowingLinear, FusedLinear, fuse_, is_fused, weights_of
 from df11.runtime import GRANULARITIES, CompressedModelError, attach
+from tests.helpers import same_bits
 
 SIZES = {
     "hidden_size": 256,
@@ -37,10 +38,6 @@ def build(directory: Path, name: str = "llama") -> Path:
     return directory
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.inference_mode()
 def test_architectures(tmp_path: Path, name: str) -> None:
@@ -55,12 +52,12 @@ def test_architectures(tmp_path: Path, name: str) -> None:
     for prefix, module in original.named_modules():
         if prefix in linear or isinstance(module, nn.Embedding):
             weights = weights_of(model.get_submodule(prefix))
-            assert weights is not None and same(weights, module.weight)
+            assert weights is not None and same_bits(weights, module.weight)
     for ids in (IDS, IDS[:1, :1]):  # by decompression, and one row
-        assert same(model.get_input_embeddings()(ids), original.get_input_embeddings()(ids))
+        assert same_bits(model.get_input_embeddings()(ids), original.get_input_embeddings()(ids))
         logits, expected = model(ids).logits.float(), original(ids).logits.float()
         assert (logits - expected).norm() < 0.02 * expected.norm()
-        assert same(model(ids).logits, model(ids).logits)
+        assert same_bits(model(ids).logits, model(ids).logits)
     generated = model.generate(IDS, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(IDS))
     assert generated.shape == (2, 24)
 
@@ -84,7 +81,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert model.lm_head.stored is model.model.embed_tokens.stored
     logits = model(IDS).logits
     model.tie_weights()  # as lm-eval does
-    assert same(model(IDS).logits, logits)
+    assert same_bits(model(IDS).logits, logits)
     assert modules.stored_bytes(model)["host"] < 0.8 * sum(p.nbytes for p in hf.load(tmp_path / "original", "cpu").parameters())
 
 
@@ -140,7 +137,7 @@ def test_merged_layers_with_biases_and_misuse() -> None:
         with pytest.raises(CompressedModelError, match=str(wrong.dtype)):
             pair(wrong)
     with torch.autocast("cpu", torch.bfloat16):
-        assert same(pair(x.float())[0], pair(x)[0])
+        assert same_bits(pair(x.float())[0], pair(x)[0])
     with torch.inference_mode(False), pytest.raises(CompressedModelError, match="gradients"):
         pair(torch.randn(1, 1, 256).bfloat16().requires_grad_())
     with pytest.raises(CompressedModelError, match="inference"):
@@ -161,12 +158,12 @@ def test_embeddings_that_look_up_something_else() -> None:
     expected = [model(torch.ones(1, length)) for length in (1, 7, 90)]
     assert fuse_(model) == 1 and isinstance(model[0], Positions)
     for length, wanted in zip((1, 7, 90), expected, strict=True):
-        assert same(model(torch.ones(1, length)), wanted)
+        assert same_bits(model(torch.ones(1, length)), wanted)
     plain = nn.Embedding(400, 256).bfloat16().eval()
     ids = torch.tensor([3, 1])
     wanted = plain(ids)
     assert fuse_(nn.Sequential(plain)) == 1
-    assert same(plain(ids), wanted) and same(plain(input=ids), wanted)
+    assert same_bits(plain(ids), wanted) and same_bits(plain(input=ids), wanted)
 
 
 def test_offloaded_weights_are_refused() -> None:
@@ -188,7 +185,7 @@ def test_copies_have_weights_of_their_own_and_nothing_is_kept_twice() -> None:
     expected = model(ids)
     copied = copy.deepcopy(model)
     model[0].stored.low.zero_()
-    assert same(copied(ids), expected) and not same(model(ids), expected)
+    assert same_bits(copied(ids), expected) and not same_bits(model(ids), expected)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from df11 import checkpoint, cli, hf, modules, runtime
 from df11.sources import ModelSpec, SafetensorsSource, open_source
 from experiments import evaluation
+from tests.helpers import same_bits
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -66,10 +67,6 @@ def load(directory: Path, **options: object) -> transformers.PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, **options)  # type: ignore[no-any-return]
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype == torch.bfloat16 and torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_and_ids_are_the_same(tmp_path: Path, name: str) -> None:
     original = build(tmp_path / "original", name)
@@ -83,10 +80,10 @@ def test_logits_and_ids_are_the_same(tmp_path: Path, name: str) -> None:
     assert len([m for m in model.modules() if modules.compressed_parameters(m)]) >= linear  # routers of 4 experts aside
     for granularity in runtime.GRANULARITIES:
         runtime.attach(model, granularity)
-        assert same(model(IDS).logits, logits)
+        assert same_bits(model(IDS).logits, logits)
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS)), ids)
     model.save_pretrained(tmp_path / "again")
-    assert same(load(tmp_path / "again")(IDS).logits, logits)
+    assert same_bits(load(tmp_path / "again")(IDS).logits, logits)
 
 
 @pytest.mark.parametrize("name", ["llama tied", "mixtral"])
@@ -95,10 +92,10 @@ def test_compress_while_loading(tmp_path: Path, name: str) -> None:
     logits = load(original)(IDS).logits
     model = load(original, quantization_config=hf.DF11Config(exclude=("*layers.0*",), granularity="block"))
     assert modules.is_compressed(model) and not modules.is_compressed(model.model.layers[0])
-    assert same(model(IDS).logits, logits)
+    assert same_bits(model(IDS).logits, logits)
     model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     assert (tmp_path / "saved" / "model.safetensors.index.json").exists()
-    assert same(load(tmp_path / "saved")(IDS).logits, logits)
+    assert same_bits(load(tmp_path / "saved")(IDS).logits, logits)
 
 
 @pytest.mark.net
@@ -232,9 +229,9 @@ def test_remote_code_loads_without_the_import(tmp_path: Path, name: str) -> None
     command = [sys.executable, "-c", REMOTE, str(tmp_path / "compressed"), str(tmp_path / "logits"), str(tmp_path / "again")]
     subprocess.run(command, env=environment, capture_output=True, check=True)
     logits = load(original)(IDS).logits
-    assert same(torch.load(tmp_path / "logits"), logits)
+    assert same_bits(torch.load(tmp_path / "logits"), logits)
     for directory in ("compressed", "again"):  # with the import and without the code
-        assert same(load(tmp_path / directory)(IDS).logits, logits)
+        assert same_bits(load(tmp_path / directory)(IDS).logits, logits)
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
     checkpoint.restore(tmp_path / "compressed", tmp_path / "restored")
     files = {path.name: path.read_bytes() for path in original.iterdir()}

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from df11 import modules, runtime
-from df11.modules import compress_, compressed_parameters, offload_, stored_bytes, to_host_
+from df11.modules import compress_, compressed_parameters, offload_, stored_bytes
 from df11.runtime import CompressedModelError, attach
+from tests.helpers import same_bits
 
 
 class Scaled(nn.Embedding):
@@ -60,10 +61,6 @@ def original() -> Model:
     return Model().bfloat16().eval()
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
 @pytest.mark.parametrize("granularity", runtime.GRANULARITIES)
 def test_the_same_bits_come_out(original: Model, granularity: str) -> None:
     expected = original(IDS)
@@ -72,12 +69,12 @@ def test_the_same_bits_come_out(original: Model, granularity: str) -> None:
     assert len(names) == 9 and "layers.1.experts.down" in names and "head.weight" not in names
     workspace = attach(model, granularity)
     for _ in range(2):
-        assert same(model(IDS), expected)
+        assert same_bits(model(IDS), expected)
     whole_block = sum(modules.aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
     largest = max(modules.aligned(2 * 50 * 16), 2 * modules.aligned(2 * 3 * 16 * 24))
     assert workspace.nbytes == (whole_block if granularity == "block" else largest)
     attach(model, "layer")
-    assert same(model(IDS), expected)
+    assert same_bits(model(IDS), expected)
 
 
 def test_every_decoded_tensor_starts_on_256_bytes(original: Model) -> None:
@@ -108,7 +105,7 @@ def test_an_error_in_a_forward_leaves_the_model_usable(original: Model) -> None:
     attach(original, "block")
     with pytest.raises(RuntimeError):
         original.layers[0](torch.zeros(1, 5).bfloat16())
-    assert same(original(IDS), expected)
+    assert same_bits(original(IDS), expected)
 
 
 def test_state_dicts_load_into_another_model(original: Model) -> None:
@@ -126,7 +123,7 @@ def test_state_dicts_load_into_another_model(original: Model) -> None:
         assert buffer is not None
     other.load_state_dict(state)
     attach(other)
-    assert same(other(IDS), expected)
+    assert same_bits(other(IDS), expected)
 
 
 def test_misuse_is_told(original: Model) -> None:
@@ -151,6 +148,16 @@ def test_weights_without_a_code_stay() -> None:
     assert model[0].weight.dtype == torch.bfloat16
 
 
+def test_offloaded_weights_are_refused(original: Model) -> None:
+    """As accelerate leaves them, on the meta device. Nothing is compressed then; what stays as it is may be there."""
+    original.layers[1].second.to("meta")
+    with pytest.raises(ValueError, match=r"layers\.1\.second\.weight is offloaded.*df11 compress"):
+        compress_(original)
+    assert not modules.is_compressed(original)
+    names = compress_(original, exclude=("layers.1.second.*",))
+    assert len(names) == 8 and "embed.weight" in names and "head.weight" not in names
+
+
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("blocks", [0, 1, 2])
@@ -164,7 +171,7 @@ def test_offloaded_and_prefetched_blocks_give_the_same_bits(original: Model, com
     assert len(names) == 4 * blocks and all(name.startswith(("layers.1", "layers.0")[:blocks]) for name in names)
     workspace = attach(model, "block", prefetch=prefetch)
     for _ in range(2):
-        assert same(model(IDS), expected)
+        assert same_bits(model(IDS), expected)
     if not compressed:
         assert modules.is_compressed(model) is False and stored_bytes(model) == before
         # One copy of a block's matrices, two where the next one is fetched meanwhile.
@@ -195,13 +202,7 @@ def test_prefetching_survives_calls_out_of_order(original: Model) -> None:
     compress_(original)
     attach(original, "block", prefetch=True)
     for i in (0, 0, 1, 1, 0, 1):
-        assert same(original.layers[i](x), expected[i])
-
-
-def test_weights_are_moved_to_the_host_module_by_module(original: Model) -> None:
-    head = original.head.weight
-    to_host_(original.head)
-    assert original.head.weight is head is original.embed.weight
+        assert same_bits(original.layers[i](x), expected[i])
 
 
 @torch.inference_mode()

@@ -105,6 +105,20 @@ def test_what_does_not_fit_is_named(original: Path, tmp_path: Path) -> None:
         released_checkpoint.write(original, tmp_path / "ours")
 
 
+def test_what_the_layout_has_no_place_for_stays(tmp_path: Path) -> None:
+    """Matrices of three dimensions, and those that are no module's `weight`."""
+    (tmp_path / "original").mkdir()
+    compressed = {"layers.0.q.weight": (8, 8), "layers.1.q.weight": (8, 8), "lm_head.weight": (9, 8)}
+    others = {"layers.0.experts.weight": (2, 8, 8), "layers.1.gate": (8, 8), "table": (4, 4), "layers.2.only": (4, 4)}
+    tensors = {name: (torch.randn(shape) * 0.02).bfloat16() for name, shape in (compressed | others).items()}
+    save_file(tensors, tmp_path / "original" / "model.safetensors")
+    released_checkpoint.write(tmp_path / "original", tmp_path / "ours")
+    found = released_checkpoint.units(tmp_path / "ours", shapes(tmp_path / "original"))
+    assert sorted(name for unit in found for name in unit.names) == sorted(compressed)
+    released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(tmp_path / "original"))
+    assert same(everything(tmp_path / "back"), tensors)
+
+
 def logits(directory: Path, **options: object) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options)
     with torch.inference_mode():

@@ -26,12 +26,15 @@ from df11.sources import (
     SyntheticSource,
     TensorInfo,
     cache,
+    is_matrix,
+    is_selected,
     open_source,
     sampled_blocks,
     split_units,
 )
-from df11.sources.files import INDEX
+from df11.sources.files import INDEX, described, read_header
 from df11.sources.synthetic import CHUNK, alias_table, smollm2_exponents
+from tests.helpers import same_bits
 
 LLAMA = {
     "model_type": "llama",
@@ -67,10 +70,6 @@ def save_shards(directory: Path, shards: list[dict[str, torch.Tensor]]) -> None:
         save_file(shard, directory / f"model-{i}.safetensors")
         places |= dict.fromkeys(shard, f"model-{i}.safetensors")
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
 
 
 # --- safetensors ---
@@ -117,6 +116,19 @@ def test_tied_model_has_the_tensors_of_its_geometry(tmp_path: Path) -> None:
         stored = SafetensorsSource(tmp_path / str(tied)).tensors()
         assert sorted(stored, key=lambda t: t.name) == sorted(hf.tensor_shapes(geometry), key=lambda t: t.name)
         assert ("lm_head.weight" in {t.name for t in stored}) is not tied
+
+
+def test_headers(tmp_path: Path) -> None:
+    save_shards(tmp_path, [{"a": torch.ones(2, 2)}, {"b": torch.ones(3).bfloat16(), "a.b": torch.ones(1)}])
+    files = SafetensorsSource(tmp_path).files
+    assert [file.name for file in files] == ["model-0.safetensors", "model-1.safetensors"]
+    text, header = read_header(files[1])
+    assert json.loads(text) == header and files[1].read_bytes()[8:].startswith(text)
+    assert set(described(header)) == {info("a.b", 1, dtype="F32"), info("b", 3)}
+    for damaged in (b"", b"\xff" * 9, (2).to_bytes(8, "little") + b"[]"):
+        files[1].write_bytes(damaged)
+        with pytest.raises(SourceError, match=r"model-1\.safetensors has no readable header"):
+            read_header(files[1])
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 60, 0.5, -1])
@@ -168,6 +180,22 @@ def test_path_of_the_specification(tmp_path: Path) -> None:
 
 
 # --- units ---
+
+
+def test_what_is_compressed() -> None:
+    assert all(is_matrix(dtype, shape) for dtype in ("BF16", torch.bfloat16) for shape in ((2, 3), (2, 3, 4), torch.Size((1, 1))))
+    assert not any(is_matrix("BF16", shape) for shape in ((), (6,), (2, 3, 4, 5), (0, 3), (2, 0, 3)))
+    assert not any(is_matrix(dtype, (2, 3)) for dtype in ("F16", "F32", torch.float16, torch.float32))
+    assert is_selected("a.b", (), ()) and is_selected("a.b", ("x", "a.*"), ("b",)) and not is_selected("a.b", ("x",), ())
+    assert (
+        not is_selected("a.b", (), ("*.b",)) and not is_selected("a.b", ("a.*",), ("*.b",)) and not is_selected("A.b", ("a.*",), ())
+    )
+
+
+def test_matrices_that_are_not_wanted_stay() -> None:
+    tensors = [info("layers.0.a.weight", 2, 2), info("layers.0.b", 2, 2), info("c.weight", 2), info("d.weight", 2, 2, 2)]
+    units, rest = split_units(tensors, wanted=lambda tensor: tensor.name.endswith(".weight"))
+    assert [unit.tensors for unit in units] == [(tensors[0],), (tensors[3],)] and rest == [tensors[1], tensors[2]]
 
 
 def llama_block(i: int, wide: int = 8) -> list[TensorInfo]:

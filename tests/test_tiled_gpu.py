@@ -1,5 +1,7 @@
 """The kernels of the tiled layout on a GPU against the CPU format, float64 products and cuBLAS."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,12 @@ from torch.nn.functional import linear
 from df11 import gpu, tiled_gpu
 from df11.formats.tiled import Tiled
 from df11.tiled_ops import ARRAYS, TiledWeight
+from tests import helpers
+from tests.helpers import same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu.is_available(), reason="needs a GPU, pycuda and nvcc")]
 
+normal = partial(helpers.normal, device="cuda")
 SHAPES = [
     (400, 128),
     (700, 300),
@@ -24,10 +29,6 @@ SHAPES = [
     (4096, 4096),
 ]
 SHAPES += [(200, 14336), (100, 53248)]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).mul_(0.02).bfloat16()
 
 
 def encode(weights: torch.Tensor) -> TiledWeight:
@@ -44,10 +45,6 @@ def with_escapes(shape: tuple[int, int]) -> torch.Tensor:
     return weights
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encoder_decoder_and_rows(shape: tuple[int, int]) -> None:
     weights = with_escapes(shape)
@@ -57,9 +54,9 @@ def test_encoder_decoder_and_rows(shape: tuple[int, int]) -> None:
         assert np.array_equal(getattr(weight, name).cpu().numpy().view(np.uint8), unit.matrices[0].arrays[name].view(np.uint8)), (
             name
         )
-    assert same(weight.decompress(), weights)
+    assert same_bits(weight.decompress(), weights)
     ids = torch.tensor([[0, shape[0] - 1, 9], [3, 5, shape[0] // 2]], device="cuda")
-    assert same(weight.rows(ids), weights[ids])
+    assert same_bits(weight.rows(ids), weights[ids])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,7 +65,7 @@ def test_products(shape: tuple[int, int]) -> None:
     weight, bias = encode(weights), normal(shape[0], seed=1)
     x = normal(1, shape[1], seed=2)
     y = weight.linear(x, bias)
-    assert all(same(weight.linear(x, bias), y) for _ in range(3))
+    assert all(same_bits(weight.linear(x, bias), y) for _ in range(3))
     exact = (x.double() @ weights.double().T + bias.double())[0]
     finite = torch.isfinite(weights.float()).all(1)
     cublas = linear(x, weights, bias)[0].double()
@@ -83,7 +80,7 @@ def test_products_of_several_rows(shape: tuple[int, int], batch: int) -> None:
     weight, bias = encode(weights), normal(shape[0], seed=1)
     x = normal(batch, shape[1], seed=2)
     y = weight.linear(x, bias)
-    assert same(weight.linear(x, bias), y)
+    assert same_bits(weight.linear(x, bias), y)
     exact = x.double() @ weights.double().T + bias.double()
     finite = torch.isfinite(weights.float()).all(1)
     cublas = linear(x, weights, bias).double()
@@ -107,8 +104,8 @@ def test_all_patterns() -> None:
     everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256).cuda()
     weights = torch.cat([normal(2048, 256), everything])
     weight = encode(weights)
-    assert same(weight.decompress(), weights)
-    assert same(weight.rows(torch.arange(2048, 2304, device="cuda")), everything)
+    assert same_bits(weight.decompress(), weights)
+    assert same_bits(weight.rows(torch.arange(2048, 2304, device="cuda")), everything)
 
 
 @pytest.mark.parametrize("columns", [300, 4096])
@@ -158,7 +155,7 @@ def test_each_product_waits_for_the_one_before() -> None:
         torch.cuda.synchronize()
         wanted = second.linear(middle).mul(0.5)
     assert torch.isfinite(wanted).all()
-    assert same(x, wanted)
+    assert same_bits(x, wanted)
 
 
 def test_more_than_2_31_weights() -> None:
@@ -166,11 +163,11 @@ def test_more_than_2_31_weights() -> None:
     assert weights.numel() > 1 << 31
     weights[-1] = 1.25
     weight = encode(weights)
-    assert same(weight.decompress(), weights)
+    assert same_bits(weight.decompress(), weights)
     x = normal(1, 4096, seed=1)
     y = weight.linear(x)[0]
-    assert same(y[:64], y[-128:-64])
-    assert same(weight.rows(torch.tensor([len(weights) - 1], device="cuda")), weights[-1:])
+    assert same_bits(y[:64], y[-128:-64])
+    assert same_bits(weight.rows(torch.tensor([len(weights) - 1], device="cuda")), weights[-1:])
 
 
 def test_what_does_not_fit_is_refused() -> None:

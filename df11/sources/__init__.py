@@ -14,6 +14,8 @@ from df11.sources.model import (
     TensorInfo,
     Unit,
     WeightSource,
+    is_matrix,
+    is_selected,
     sampled_blocks,
     split_units,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "TensorInfo",
     "Unit",
     "WeightSource",
+    "is_matrix",
+    "is_selected",
     "open_source",
     "require_models_extra",
     "sampled_blocks",

@@ -26,10 +26,15 @@ class SafetensorsSource:
         self.provenance = provenance or {"source": "path", "path": str(path)}
         self._tensors: dict[str, tuple[TensorInfo, Path, int]] = {}  # with its file and where its bytes begin there
         for file, expected in _shards(path).items():
-            found = _header(file)
+            found = _located(file)
             if missing := sorted(expected - found.keys()):
                 raise SourceError(f"{file} lacks the tensor {missing[0]!r} that {INDEX} places in it: download both again")
             self._tensors |= {name: found[name] for name in found if not expected or name in expected}
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold the tensors, in the order of their names."""
+        return sorted({file for _, file, _ in self._tensors.values()})
 
     def tensors(self) -> list[TensorInfo]:
         return [info for info, _, _ in self._tensors.values()]
@@ -84,7 +89,29 @@ def _shards(path: Path) -> dict[Path, set[str]]:
     return shards
 
 
-def _header(file: Path) -> dict[str, tuple[TensorInfo, Path, int]]:
+def read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
+    """A safetensors file's header, as its bytes and as JSON. Raises SourceError where there is none."""
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(int.from_bytes(opened.read(8), "little"))
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, OverflowError, MemoryError) as broken:
+        raise SourceError(
+            f"{file} has no readable header ({broken}): it is damaged, download it again or restore it from a copy"
+        ) from broken
+    return text, header
+
+
+def described(header: dict[str, Any]) -> list[TensorInfo]:
+    """The tensors of a safetensors header, in the order of their bytes."""
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: entry[1]["data_offsets"])
+    return [TensorInfo(name, tuple(entry["shape"]), entry["dtype"]) for name, entry in entries]
+
+
+def _located(file: Path) -> dict[str, tuple[TensorInfo, Path, int]]:
     if not file.exists():
         raise SourceError(f"the shard {file} is missing: download it again, or take it out of {INDEX}")
     try:
@@ -92,12 +119,6 @@ def _header(file: Path) -> dict[str, tuple[TensorInfo, Path, int]]:
             pass
     except (SafetensorError, OSError) as broken:
         raise SourceError(f"{file} is damaged or cut short ({broken}): download it again") from broken
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-    header.pop("__metadata__", None)
-    entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-    return {
-        name: (TensorInfo(name, tuple(entry["shape"]), entry["dtype"]), file, 8 + size + entry["data_offsets"][0])
-        for name, entry in entries
-    }
+    text, header = read_header(file)
+    begin = 8 + len(text)
+    return {info.name: (info, file, begin + header[info.name]["data_offsets"][0]) for info in described(header)}

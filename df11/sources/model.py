@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import PurePath
 from typing import Any, Literal, Protocol
 
@@ -95,6 +96,17 @@ class WeightSource(Protocol):
         ...
 
 
+def is_matrix(dtype: str | torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether a tensor is one that is compressed: bf16 (as safetensors or torch spells it), two or three dimensions, not empty."""
+    return dtype in ("BF16", torch.bfloat16) and len(shape) in (2, 3) and 0 not in shape
+
+
+def is_selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
+    """Whether shell patterns choose a name: it matches one of `include`, where there are any, and none of `exclude`."""
+    wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
 @dataclass(frozen=True)
 class Unit:
     """Tensors that are compressed together, with one code."""
@@ -111,10 +123,12 @@ _LM_HEAD = ("lm_head", "output", "embed_out")
 _EMBEDDING = re.compile(r"emb|^wte$|^wpe$")
 
 
-def split_units(tensors: Sequence[TensorInfo], sample_blocks: int = 0) -> tuple[list[Unit], list[TensorInfo]]:
+def split_units(
+    tensors: Sequence[TensorInfo], sample_blocks: int = 0, wanted: Callable[[TensorInfo], bool] = lambda matrix: True
+) -> tuple[list[Unit], list[TensorInfo]]:
     """Units to compress, in the order of `tensors`, and the tensors that stay as they are.
 
-    Only non-empty bf16 matrices (two or three dimensions) are compressed. All of one transformer block, `...layers.<i>.`,
+    Only matrices (`is_matrix`), and of them the `wanted` ones, are compressed. All of one transformer block, `...layers.<i>.`,
     `...h.<i>.` or `...blocks.<i>.`, are one unit, as the paper decompresses a block at once. Outside of the blocks each
     matrix is its own unit: lm_head, embedding, or any other linear layer. Norms, biases, other dtypes and convolutions stay.
 
@@ -125,7 +139,7 @@ def split_units(tensors: Sequence[TensorInfo], sample_blocks: int = 0) -> tuple[
     grouped: dict[str, list[TensorInfo]] = {}
     rest = []
     for tensor in tensors:
-        if tensor.dtype != "BF16" or len(tensor.shape) not in (2, 3) or tensor.numel == 0:
+        if not (is_matrix(tensor.dtype, tensor.shape) and wanted(tensor)):
             rest.append(tensor)
             continue
         block = _BLOCK.match(tensor.name)

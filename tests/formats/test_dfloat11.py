@@ -13,14 +13,7 @@ from df11 import bits, reference
 from df11.formats import FormatError, UnsupportedBits, container, dfloat11, luts
 from df11.formats.dfloat11 import DFloat11, DFloat11Unit
 from df11.huffman import Code, canonical_codes
-
-
-def weights(n: int, seed: int = 0, std: float = 0.02) -> torch.Tensor:
-    return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * std).to(torch.bfloat16)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.view(torch.int16), b.view(torch.int16))
+from tests.helpers import normal, same_bits
 
 
 def round_trip(tensors: list[torch.Tensor], **options: object) -> DFloat11Unit:
@@ -44,7 +37,7 @@ def adversarial(limit: int) -> torch.Tensor:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shapes", [[(1,)], [(0,)], [], [(3, 5)], [(7, 11), (0, 4), (), (1, 1, 13)], [(1031, 997), (64, 64)]])
 def test_round_trip_of_shapes(shapes: list[tuple[int, ...]], threads: int) -> None:
-    round_trip([weights(int(np.prod(s)), i).reshape(s) for i, s in enumerate(shapes)], threads=threads)
+    round_trip([normal(int(np.prod(s)), seed=i).reshape(s) for i, s in enumerate(shapes)], threads=threads)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 2.0**-133])
@@ -75,7 +68,7 @@ def test_all_patterns() -> None:
 
 @pytest.mark.parametrize("pattern", [0x7F80, 0xFF80, 0x7FC1, 0xFFFF, luts.FIRST_POINTER << 7])
 def test_large_exponents_are_raw_or_refused(pattern: int) -> None:
-    tensor = weights(1000)
+    tensor = normal(1000)
     tensor.view(torch.int16)[7] = np.uint16(pattern).astype(np.int16).item()
     assert round_trip([tensor]).raw is not None
     with pytest.raises(UnsupportedBits, match="exponent of 240"):
@@ -108,7 +101,7 @@ def test_flat_histograms_fit_the_tables() -> None:
 @given(st.integers(1, 40_000), st.sampled_from([0.0, 1e-30, 0.02, 1e4]), st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
 def test_arrays_equal_the_reference(n: int, std: float, seed: int) -> None:
-    tensor = weights(n, seed, std)
+    tensor = normal(n, seed=seed, std=std)
     unit = DFloat11().encode_tensors([tensor])
     exponent, sign_mantissa = bits.split(bits.to_bits(tensor))
     code = luts.choose_code(np.bincount(exponent, minlength=256))
@@ -122,7 +115,7 @@ def test_arrays_equal_the_reference(n: int, std: float, seed: int) -> None:
 
 
 def test_the_stream_does_not_depend_on_its_pieces_or_threads() -> None:
-    tensor = weights(1_500_000)
+    tensor = normal(1_500_000)
     whole = container.pack(DFloat11(threads=1).encode_tensors([tensor]))
     for size in (999, 700_001):
         pieces = DFloat11(threads=3).encode(lambda size=size: iter(tensor.split(size)), [tuple(tensor.shape)])  # type: ignore[misc]
@@ -130,16 +123,16 @@ def test_the_stream_does_not_depend_on_its_pieces_or_threads() -> None:
 
 
 def test_streaming_decode_equals_decode() -> None:
-    tensor = weights(5_000_000)
+    tensor = normal(5_000_000)
     layout = DFloat11(threads=2)
     pieces = list(layout.stream(layout.encode_tensors([tensor])))
     assert len(pieces) > 1 and same_bits(torch.cat(pieces), tensor)
 
 
 def test_positions_of_64_bits_decode_too() -> None:
-    unit = DFloat11().encode_tensors([weights(100_000)])
+    unit = DFloat11().encode_tensors([normal(100_000)])
     wide = dataclasses.replace(unit, output_positions=unit.output_positions.astype(np.uint64))
-    assert same_bits(DFloat11().decode(wide)[0], weights(100_000))
+    assert same_bits(DFloat11().decode(wide)[0], normal(100_000))
 
 
 def test_other_weights_in_the_second_pass_are_refused_before_they_are_written() -> None:
@@ -167,14 +160,14 @@ def test_hostile_shapes_with_a_right_checksum_are_named(shapes: str) -> None:
 
 def test_a_stream_that_changes_or_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="holds 10 weights"):
-        DFloat11().encode(lambda: [weights(10)], [(3, 3)])
-    passes = iter([[weights(10)], [weights(4), weights(6)]])
+        DFloat11().encode(lambda: [normal(10)], [(3, 3)])
+    passes = iter([[normal(10)], [normal(4), normal(6)]])
     with pytest.raises(ValueError, match="not the same in the second pass"):
         DFloat11().encode(lambda: next(passes), [(10,)])
 
 
 def test_sizes_are_counted_by_part() -> None:
-    unit = DFloat11().encode_tensors([weights(1 << 20), weights(1 << 20, 1)])
+    unit = DFloat11().encode_tensors([normal(1 << 20), normal(1 << 20, seed=1)])
     sizes = DFloat11().nbytes(unit)
     assert sizes["sign_mantissa"] == 2 << 20 and sizes["split_positions"] == 8
     assert 10.75 < 8 * sum(sizes.values()) / (2 << 20) < 10.90
@@ -191,7 +184,7 @@ def test_gap_packing() -> None:
 
 
 def packed() -> bytes:
-    return container.pack(DFloat11().encode_tensors([weights(40_000).reshape(200, 200)]))
+    return container.pack(DFloat11().encode_tensors([normal(40_000).reshape(200, 200)]))
 
 
 def test_every_altered_or_truncated_container_is_named() -> None:
@@ -213,7 +206,7 @@ def test_every_altered_or_truncated_container_is_named() -> None:
 
 def test_altered_arrays_never_give_wrong_bits_silently() -> None:
     """As from a checkpoint without a container: only the checksum of the weights protects them. 1,500 alterations."""
-    tensor = weights(40_000)
+    tensor = normal(40_000)
     layout = DFloat11(threads=1)
     good = layout.encode_tensors([tensor])
     rng = np.random.default_rng(1)
@@ -232,7 +225,7 @@ def test_altered_arrays_never_give_wrong_bits_silently() -> None:
 @pytest.mark.parametrize("name", ["encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions"])
 def test_random_arrays_end_in_a_named_error(name: str) -> None:
     layout = DFloat11(threads=1)
-    good = layout.encode_tensors([weights(40_000)])
+    good = layout.encode_tensors([normal(40_000)])
     rng = np.random.default_rng(2)
     for size in (0, 1, getattr(good, name).shape[0]):
         shape = (size, *getattr(good, name).shape[1:])
@@ -242,7 +235,7 @@ def test_random_arrays_end_in_a_named_error(name: str) -> None:
 
 
 def test_looping_and_empty_tables_end() -> None:
-    good = DFloat11().encode_tensors([weights(40_000)])
+    good = DFloat11().encode_tensors([normal(40_000)])
     for fill, tables in ((255, 2), (0, 2), (239, 2), (240, 17), (255, 0)):
         hostile = np.full((tables + 1, 256), fill, np.uint8)
         hostile[-1] = 0
@@ -251,6 +244,6 @@ def test_looping_and_empty_tables_end() -> None:
 
 
 def test_a_huge_claimed_shape_is_refused_before_memory_is_asked_for() -> None:
-    good = DFloat11().encode_tensors([weights(100)])
+    good = DFloat11().encode_tensors([normal(100)])
     with pytest.raises(FormatError, match="sign_mantissa"):
         DFloat11().decode(dataclasses.replace(good, shapes=((1 << 50,),)))

@@ -8,20 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from df11 import bits
 from df11.formats import FormatError
 from df11.formats.tiled import Tiled, TiledUnit, tile_fragments, tile_grid
 from df11.formats.tiled_code import ESCAPE, NONE, WINDOW, make_code, selector
+from tests.helpers import normal, patterns
 
 FORMAT = Tiled(threads=2)
-
-
-def normal(*shape: int, std: float = 0.02, seed: int = 0) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std).bfloat16()
-
-
-def patterns(values: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-    return bits.from_bits(values.astype(np.uint16), shape)
 
 
 def check(*tensors: torch.Tensor) -> TiledUnit:

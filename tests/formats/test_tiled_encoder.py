@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from df11 import bits
 from df11.formats import tiled_encoder
 from df11.formats.tiled import Tiled
+from tests.helpers import normal, patterns
 
 FORMAT = Tiled()
 
@@ -28,14 +29,6 @@ def check(weights: torch.Tensor) -> bool:
         assert tuple(found[name].shape) == array.shape, name
         assert np.array_equal(found[name].numpy().view(np.uint8), array.view(np.uint8)), name
     return True
-
-
-def normal(*shape: int, std: float = 0.02, seed: int = 0) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std).bfloat16()
-
-
-def patterns(values: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-    return bits.from_bits(values.astype(np.uint16), shape)
 
 
 @pytest.mark.parametrize("chunk", [1, 20_000, 1 << 24])
