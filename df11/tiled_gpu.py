@@ -232,7 +232,7 @@ def decompress(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -
     kernels.launch("tiled_decompress", kernels.device.processors, warps, fragments, 0, matrix, out.data_ptr())
 
 
-def rows(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
+def gather(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
     """W[ids], bf16 [..., columns]. ids: int64. An id outside of the matrix stops the kernel, as it does torch's."""
     if ids.dtype != torch.int64:
         raise ValueError(f"ids: dtype {ids.dtype}, needed torch.int64")

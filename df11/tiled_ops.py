@@ -31,7 +31,7 @@ torch.library.define("df11::tiled_decompress", f"({_MATRIX}, Tensor(a!) out) -> 
 torch.library.define("df11::tiled_rows", f"(Tensor ids, {_MATRIX}, int rows, int columns) -> Tensor")
 torch.library.impl("df11::tiled_linear", "CUDA")(tiled_gpu.linear)
 torch.library.impl("df11::tiled_decompress", "CUDA")(tiled_gpu.decompress)
-torch.library.impl("df11::tiled_rows", "CUDA")(tiled_gpu.rows)
+torch.library.impl("df11::tiled_rows", "CUDA")(tiled_gpu.gather)
 
 
 @torch.library.register_fake("df11::tiled_linear")

@@ -94,9 +94,9 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     tiled_gpu.decompress(weight.arrays, weight.uppers, out)
     assert recorder.launched[-1][0] == "tiled_decompress" and recorder.launched[-1][-1] == out.data_ptr()
     ids = torch.tensor([[3], [1]])
-    assert tiled_gpu.rows(ids, *place).shape == (2, 1, 8192) and recorder.launched[-1][:2] == ("tiled_rows", 2)
+    assert tiled_gpu.gather(ids, *place).shape == (2, 1, 8192) and recorder.launched[-1][:2] == ("tiled_rows", 2)
     count = len(recorder.launched)
-    assert tiled_gpu.rows(ids[:0], *place).shape == (0, 1, 8192) and len(recorder.launched) == count
+    assert tiled_gpu.gather(ids[:0], *place).shape == (0, 1, 8192) and len(recorder.launched) == count
 
 
 def test_what_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> N
         "low must start": lambda: tiled_gpu.linear(x, [shifted(weight.low), *weight.arrays[1:]], *place[1:]),
         "a matrix of 96 x 1002": lambda: tiled_gpu.linear(x, weight.arrays, weight.uppers, 96, 1002),
         "out: torch.float32": lambda: tiled_gpu.decompress(weight.arrays, weight.uppers, torch.empty(80, 1002)),
-        "ids: dtype torch.int32": lambda: tiled_gpu.rows(torch.zeros(1, dtype=torch.int32), *place),
+        "ids: dtype torch.int32": lambda: tiled_gpu.gather(torch.zeros(1, dtype=torch.int32), *place),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
