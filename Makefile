@@ -55,6 +55,6 @@ clean:  ## remove the virtual environment and unpromoted runs
 	  { echo "$$free GB are free here, $(NEEDED_GB) are needed for the packages and the model: free some disk"; exit 1; }
 	@echo "Installing into .venv (once, some minutes) ..."
 	@$(PYTHON) -m venv .venv || { echo "No virtual environment could be made: install Python's venv module (Debian: python3-venv)"; exit 1; }
-	@.venv/bin/pip install -q -c constraints-cpu.txt -e '.[harness,models,evaluation,tracking,launchers,dev]' || \
+	@.venv/bin/pip install -qq -c constraints-cpu.txt -e '.[harness,models,evaluation,tracking,launchers,dev]' || \
 	  { echo "The packages could not be installed. Is the package index reachable (proxy, PIP_INDEX_URL)? Then try again."; exit 1; }
 	@touch $@
