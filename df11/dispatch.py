@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.functional import linear as dense_linear
 
 from df11 import gpu, tiled_gpu
 from df11.sources.cache import default_cache
-from df11.tiled_ops import MOST_ROWS, TiledWeight
+from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
 
 REPEATS = 5
 FLUSHES = 10  # some 0.8 ms
@@ -35,12 +35,32 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
     Numbers of rows of x up to the same of BUCKETS share an entry of the table. One that it lacks is timed here, but not while a
     CUDA graph is captured: then few rows are taken to be faster fused, and others decompressed at once.
     """
+    if torch.compiler.is_compiling():  # what is chosen when is no business of the compiler's
+        y: torch.Tensor = torch.ops.df11.linear(x, weight.arrays, weight.uppers, *weight.shape, bias)
+        return y
     ways: Ways = {
         "fused": lambda: weight.linear(x, bias),
         "decompress": lambda: dense_linear(x, weight.decompress(), bias),
         "sliced": lambda: sliced(weight, x, bias, slice_rows(weight, x.device)),
     }
     return ways[choose(weight, x, ways)]()
+
+
+torch.library.define("df11::linear", "(Tensor x, Tensor[] arrays, int uppers, int rows, int columns, Tensor? bias=None) -> Tensor")
+
+
+@torch.library.register_fake("df11::linear")
+def _linear_fake(
+    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.impl("df11::linear", "CompositeExplicitAutograd")
+def _linear(
+    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return linear(TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers), x, bias)
 
 
 def sliced(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:

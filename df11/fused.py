@@ -258,7 +258,9 @@ def _looks_up(layer: nn.Embedding) -> bool:
 
 
 def _enter_embedding(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    _TURN.acquire()
+    if not torch.compiler.is_compiling():
+        _TURN.acquire()
+        module.__dict__["_df11_turn"] = True
     weight = _stored(module).get()
     # Ids given by name, or so many that they need most tiles, which have sixteen rows.
     if not module.__dict__["_df11_by_rows"] or not arguments or arguments[0].numel() * 16 >= weight.shape[0]:
@@ -271,4 +273,5 @@ def _enter_embedding(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any
 
 def _leave_embedding(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
     module.__dict__.pop("weight", None)
-    _TURN.release()
+    if not torch.compiler.is_compiling() and module.__dict__.pop("_df11_turn", False):
+        _TURN.release()

@@ -64,6 +64,7 @@ class _Owner:
         self.module = module
         self.slots = slots
         self.pool: Pool | None = module.__dict__.get("_df11_pool")
+        self.turns = 0  # how often the thread whose turn it is has entered
         self.buffer = 0
         self.start = 0  # in the buffer
         self._workspace = workspace
@@ -226,7 +227,9 @@ def _assign(module: nn.Module, owners: dict[int, _Owner], start: int) -> None:
 
 def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, turn: threading.RLock) -> tuple[Any, Any]:
     def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        turn.acquire()
+        if not torch.compiler.is_compiling():
+            turn.acquire()
+            owner.turns += 1
         check_input(module, *arguments[:1])  # the activations; experts get float32 routing weights too
         if ahead:
             ahead.enter(index)
@@ -236,7 +239,9 @@ def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, turn: threading.RLoc
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         owner.hide()
-        turn.release()
+        if not torch.compiler.is_compiling() and owner.turns:
+            owner.turns -= 1
+            turn.release()
 
     return enter, leave
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -41,7 +41,7 @@ class Setting:
     codec: str
     launch: str
     batch_size: int
-    variant: str = "-"  # of BF16
+    variant: str = "-"  # of BF16; of tiled `compiled` or none
     mode: str = "-"  # of tiled
     kernel: str = "-"  # of DF11
     granularity: str = "-"
@@ -95,6 +95,9 @@ def plan(cfg: Config) -> list[Setting]:
     ]
     for variant in [v for v in VARIANTS[1:] if v in bench.variants]:
         settings += [Setting("bf16", launch, size, variant=variant) for size in sizes for launch in launches]
+        if variant == "compiled" and "fused" in bench.modes:
+            fused = Setting("tiled", "", 0, variant, kernel="tiled" if on_gpu else "cpu", mode="fused")
+            settings += [replace(fused, launch=launch, batch_size=size) for size in sizes for launch in launches]
     return list(dict.fromkeys(settings))
 
 

@@ -214,4 +214,5 @@ def test_opcheck() -> None:
     place = weight.arrays, weight.uppers, 200, 512
     torch.library.opcheck(torch.ops.df11.tiled_linear.default, (torch.randn(2, 512).bfloat16(), *place))
     torch.library.opcheck(torch.ops.df11.tiled_decompress.default, (weight.arrays, weight.uppers, torch.empty(200, 512).bfloat16()))
+    torch.library.opcheck(torch.ops.df11.linear.default, (torch.randn(2, 512).bfloat16(), *place))
     torch.library.opcheck(torch.ops.df11.tiled_rows.default, (torch.tensor([3, 7]), *place))

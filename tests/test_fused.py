@@ -214,6 +214,15 @@ def test_a_model_that_ran_in_mode_exact(tmp_path: Path) -> None:
         assert (exact(IDS).logits.float() - expected).norm() < 0.02 * expected.norm()
 
 
+@torch.no_grad()
+def test_a_step_is_compiled_whole(tmp_path: Path) -> None:
+    model = hf.load(build(tmp_path / "original"), "cpu", mode="fused")
+    expected = model(IDS[:, :1], use_cache=False).logits
+    step = torch.compile(lambda ids: model(ids, use_cache=False).logits, backend="aot_eager", fullgraph=True)
+    assert same_bits(step(IDS[:, :1]), expected)
+    assert same_bits(model(IDS[:, :1], use_cache=False).logits, expected)
+
+
 @torch.inference_mode()
 def test_layers_that_are_asked_for_their_weights() -> None:
     torch.manual_seed(0)

@@ -61,7 +61,8 @@ def ablation(axis: Axes, rows: pd.DataFrame, where: str) -> None:
     for (codec, variant, kernel, granularity), own in steps[steps["launch"] == launch].groupby(
         ["codec", "variant", "kernel", "granularity"], sort=False
     ):
-        name = {"bf16": f"BF16, {variant}", "dfloat11": f"{kernel}, by {granularity}", "tiled": LABELS["tiled"]}[codec]
+        fused = LABELS["tiled"] if variant == "-" else f"{LABELS['tiled']}, {variant}"
+        name = {"bf16": f"BF16, {variant}", "dfloat11": f"{kernel}, by {granularity}", "tiled": fused}[codec]
         bars.append((name, own["value"].median(), GREY if codec == "bf16" else PURPLE if codec == "tiled" else KERNELS[kernel]))
     alone = rows[rows["metric"] == "decompression_ms_per_step"].groupby("kernel", sort=False)["value"].median()
     bars += [(f"{kernel}, decompression alone", value, VERMILLION) for kernel, value in alone.items()]

@@ -131,6 +131,11 @@ def test_what_cannot_be_compiled_leaves_the_other_points(
     assert "not this one" in capsys.readouterr().err
 
 
+def test_both_sides_are_compiled(config: Callable[..., DictConfig]) -> None:
+    cfg = runner.typed(config("experiment=same_gpu", "device=cpu", "bench.variants=[compiled]", "bench.kernels=[]"), Config)
+    assert {(s.codec, s.variant) for s in same_gpu.plan(cfg)} == {("bf16", "compiled"), ("tiled", "-"), ("tiled", "compiled")}
+
+
 def test_unknown_settings_are_refused(config: Callable[..., DictConfig]) -> None:
     cfg = runner.typed(config("experiment=same_gpu", "device=cpu", "bench.variants=[plane]"), Config)
     with pytest.raises(ValueError, match="choose from plain, compiled"):
