@@ -1,4 +1,5 @@
-// The tiled layout on the GPU: its arrays, and a warp's way from the codes of a tile to operands of mma.sync.
+// The tiled layout on the GPU: its arrays, a warp's way from the codes of a tile to operands of mma.sync, and products by way of
+// single ones where x is not finite.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -180,6 +181,50 @@ __device__ __forceinline__ void wait_for_the_kernel_before() {
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Rows of tiles [top, bottom) times columns of tiles [left, right) where x has an Inf or a NaN, which must not meet the +0.0 that
+// stands for an escaped weight or that fills up an operand: products and sums are made one by one. Slow.
+template <class Put>
+__device__ __noinline__ void careful(const Matrix& m, Shared& s, uint32_t (*codes)[kLanes], const __nv_bfloat16* x, int batch, int top,
+                                     int bottom, int left, int right, Put put) {
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
+  const int across = m.across();
+  for (int row_of_tiles = warp; row_of_tiles < bottom - top; row_of_tiles += warps)
+    for (int n = 0; n < batch; n++) {
+      const __nv_bfloat16* const row = x + int64_t(n) * m.columns;
+      float sums[2] = {}, escaped[2] = {};
+      for (int column = left; column < right; column++) {
+        const int tile = (top + row_of_tiles) * across + column, from = column * 16 * m.fragments;
+        const uint2 h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
+        Reader<false> reader(m, tile, tile + 1, lane);
+        fetch(m, h0.x, h1.x - h0.x, codes, lane);
+        spread(h1.x - h0.x, codes, lane);
+        decode(m, codes, s.table, lane, reader, [&](int f, int, const uint32_t(&a)[4], uint32_t first, uint32_t second) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            const int at = from + 16 * f + 4 * t + k;
+            if (at >= m.columns) break;
+            const float one = __bfloat162float(row[at]);
+            if ((first >> 4 * k & 7) != 7) sums[0] += value(a[k / 2 * 2] >> 16 * (k & 1) & 0xFFFF) * one;
+            if ((second >> 4 * k & 7) != 7) sums[1] += value(a[k / 2 * 2 + 1] >> 16 * (k & 1) & 0xFFFF) * one;
+          }
+        });
+        __syncwarp();
+        for (uint32_t k = h0.y; k < h1.y; k++) {
+          const uint32_t patch = __ldg(m.patches + k);
+          const float product = value(patch & 0xFFFF) * __bfloat162float(row[from + (patch >> 16 & 0xFFF)]);
+          if (int(patch >> 28) == g) escaped[0] += product;
+          if (int(patch >> 28) == g + 8) escaped[1] += product;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int d = 1; d < 4; d *= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], d);
+        if (t == 0) put(row_of_tiles * kTileRows + g + 8 * i, n, sums[i] + escaped[i]);
+      }
+    }
 }
 
 }  // namespace tiled
