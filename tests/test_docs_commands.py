@@ -4,6 +4,8 @@ import importlib.util
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -59,6 +61,18 @@ def test_configs_compose(command: str) -> None:
         if cfg.experiment:
             assert list(runner.find(cfg.experiment, EXPERIMENTS).preflight(cfg))
         assert cfg.compare in (None, *EXPERIMENTS) and (cfg.experiment or cfg.compare or command in OVERRIDES)
+
+
+@pytest.mark.slow
+def test_commands_of_seconds_run(tmp_path: Path) -> None:
+    """Those that the documentation says take two cores some seconds, then what compares their results."""
+    quick = re.findall(r"`([^`]+)` \| 2 cores, seconds", TEXT)
+    assert len(quick) >= 2
+    for command in [*quick, "python run.py compare=compression_ratio"]:
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)[1:], f"results_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout, f"{command}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("command", commands("python -m"))
