@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from df11 import gpu, tiled_gpu
+from df11 import dispatch, gpu, tiled_gpu
 from df11.formats.tiled import Tiled
 from df11.tiled_ops import ARRAYS, TiledWeight
 from tests import helpers
@@ -156,6 +156,20 @@ def test_each_product_waits_for_the_one_before() -> None:
         wanted = second.linear(middle).mul(0.5)
     assert torch.isfinite(wanted).all()
     assert same_bits(x, wanted)
+
+
+@pytest.mark.parametrize("shape", [(1000, 5376), (333, 576)], ids=str)
+def test_products_in_slices(shape: tuple[int, int]) -> None:
+    weights = with_escapes(shape)
+    weight, bias = encode(weights), normal(shape[0], seed=1)
+    assert same_bits(weight.part(160, shape[0]).decompress(), weights[160:])
+    weight = encode(weights.nan_to_num(0, 0, 0))
+    for batch in (1, 200):
+        x = normal(batch, shape[1], seed=2)
+        wanted = linear(x, weights.nan_to_num(0, 0, 0), bias).float()
+        for rows in (16, 144, 1008):
+            assert (dispatch.sliced(weight, x, bias, rows).float() - wanted).norm() < 0.01 * wanted.norm()
+    assert same_bits(dispatch.linear(weight, x, bias), dispatch.linear(weight, x, bias))
 
 
 def test_more_than_2_31_weights() -> None:
