@@ -1,6 +1,8 @@
 """Compressed checkpoint directories and the command line."""
 
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from df11 import checkpoint, checkpoint_files, cli, released_checkpoint
 from df11.checkpoint import CheckpointError
 from df11.formats import FormatError
+from df11.formats.dfloat11 import DFloat11
 from df11.sources import SourceError
 
 
@@ -155,6 +158,35 @@ def test_tensors_that_the_index_does_not_name_are_verified_too(original: Path, t
     assert checkpoint.verify(tmp_path / "compressed", original) == len(tensors())
 
 
+def test_every_dtype_and_shape_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the command line: matrices of one symbol, of one row, column or weight, and dtypes that are stored as they are."""
+    zero, row = torch.zeros(64, 48).bfloat16(), tensors()["layers.0.linear.bias"]
+    matrices = {"zero": zero, "minus zero": -zero, "row": row[None], "column": row[:, None], "one": row[:1, None]}
+    others = {"inf": zero - torch.inf, "2^113": zero + 2.0**113, "four": zero.view(2, 4, 8, 48), "none": zero[:0], "scalar": row[0]}
+    others |= {str(dtype)[6:]: torch.arange(6).view(2, 3).to(dtype) for dtype in (torch.float16, torch.float64, torch.complex64)}
+    others |= {str(dtype)[6:]: torch.ones(2, 3).to(dtype) for dtype in (torch.bool, torch.uint16, torch.int8, torch.float8_e4m3fn)}
+    (tmp_path / "original").mkdir()
+    stored = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in (matrices | others).items()}
+    save_file(stored, tmp_path / "original" / "a.safetensors")
+    names = [str(tmp_path / name) for name in ("original", "compressed", "restored")]
+    assert cli.main(["compress", *names[:2]]) == cli.main(["restore", *names[1:]]) == 0
+    assert checkpoint.verify(tmp_path / "compressed", tmp_path / "original") == len(stored)
+    assert {row["name"] for row in checkpoint.summary(tmp_path / "compressed") if row["compressed"]} == set(matrices)
+    assert (tmp_path / "restored" / "a.safetensors").read_bytes() == (tmp_path / "original" / "a.safetensors").read_bytes()
+    assert cli.main(["compress", names[2], str(tmp_path / "as it was"), "--exclude", "*"]) == 0
+    assert cli.main(["info", str(tmp_path / "as it was"), "--entropy", "--all"]) == 0
+    assert "0.000 bits of entropy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "counter"])
+def test_what_decodes_to_other_bits_is_told(compressed: Path, name: str) -> None:
+    """All stored bytes as they were written, and yet not the original's: the last thing that can be wrong."""
+    (file,) = (file for file in checkpoint_files.open_files(compressed) if name in file.about["tensors"])
+    file.about["tensors"][name]["xxh3"] = file.about["tensors"][name]["xxh3"][::-1]
+    with pytest.raises(FormatError, match=f"{name} in {file.path} does not decode to the original bits: restore it"):
+        list(file.original(name, DFloat11()))
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_config_is_named(
     original: Path, compressed: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
@@ -178,8 +210,17 @@ def test_errors_of_use(original: Path, compressed: Path, tmp_path: Path) -> None
         checkpoint.compress(compressed, tmp_path / "twice")
     with pytest.raises(CheckpointError, match="not a compressed checkpoint"):
         checkpoint.verify(original)
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoint.restore(compressed, original)
     with pytest.raises(SourceError, match="not a directory"):
         checkpoint.compress(tmp_path / "nothing", tmp_path / "x")
+    with pytest.raises(SourceError, match="nowhere does not exist"):
+        checkpoint.verify(compressed, tmp_path / "nowhere")
+    manifest = json.loads((compressed / checkpoint.MANIFEST).read_text())
+    (compressed / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"version": 2, "more": "of a later version"}))
+    for refused in (checkpoint.verify, checkpoint.summary, lambda directory: checkpoint.restore(directory, tmp_path / "x")):
+        with pytest.raises(CheckpointError, match=r"df11\.json has version 2, this df11 reads 1: update df11"):
+            refused(compressed)
 
 
 KILLED = """
@@ -210,6 +251,47 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(original: Path, compressed: P
     assert not stamp or (target / finished.name).stat().st_mtime_ns == stamp
     same = {path.name: path.read_bytes() for path in compressed.iterdir()}
     assert {path.name: path.read_bytes() for path in target.iterdir()} == same
+
+
+def test_a_run_that_found_no_room_goes_on(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a full disk: no file may get so large as the third would be. It does not go on with another source."""
+    (original / "config.json").unlink()
+    target, limits = tmp_path / "x", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_file({"large": (torch.randn(300, 300) * 0.02).bfloat16()}, original / "model-00003-of-00003.safetensors")
+    index = json.loads((original / "model.safetensors.index.json").read_text())
+    index["weight_map"]["large"] = "model-00003-of-00003.safetensors"
+    (original / "model.safetensors.index.json").write_text(json.dumps(index))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        assert cli.main(["compress", str(original), str(target)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "df11 compress: " in (told := capsys.readouterr().err) and "Traceback" not in told
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".x.partial").glob("*.safetensors")}
+    assert len(finished) == 2 and not target.exists()
+    os.utime(original / "model-00001-of-00002.safetensors", ns=(0, 0))
+    assert cli.main(["compress", str(original), str(target)]) == 1
+    assert "another source: remove it and run again" in capsys.readouterr().err
+    begun = json.loads((tmp_path / ".x.partial" / checkpoint.BEGUN).read_text())
+    stamp = begun["source"]["model-00001-of-00002.safetensors"][1]
+    os.utime(original / "model-00001-of-00002.safetensors", ns=(stamp, stamp))
+    assert cli.main(["compress", str(original), str(target)]) == 0
+    assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
+    assert checkpoint.verify(target, original) == len(tensors()) + 1
+
+
+def test_what_an_interrupted_restore_left_is_not_mixed_in(original: Path, compressed: Path, tmp_path: Path) -> None:
+    def interrupt(name: str, size: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.restore(compressed, tmp_path / "restored", interrupt)
+    (partial,) = tmp_path.glob(".restored*")
+    (partial / "of-another-checkpoint.json").write_text("{}")
+    assert not (tmp_path / "restored").exists()
+    checkpoint.restore(compressed, tmp_path / "restored")
+    assert sorted(path.name for path in (tmp_path / "restored").iterdir()) == sorted(path.name for path in original.iterdir())
+    assert not partial.exists()
 
 
 def test_the_command_line(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,6 +144,21 @@ def test_merged_layers_with_biases_and_misuse() -> None:
         pair.train()(x)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("difference", ["biases", "inputs"])
+def test_layers_that_cannot_be_merged_are_fused_each(difference: str) -> None:
+    torch.manual_seed(0)
+    pair = Pair().bfloat16().eval()
+    pair.up_proj = nn.Linear(256 if difference == "biases" else 272, 200, bias=difference != "biases").bfloat16()
+    x, other = (torch.randn(2, layer.in_features).bfloat16() for layer in (pair.gate_proj, pair.up_proj))
+    expected = pair(x, other)
+    assert fuse_(pair) == 2 and isinstance(pair.gate_proj, FusedLinear) and isinstance(pair.up_proj, FusedLinear)
+    for got, wanted in zip(pair(x, other), expected, strict=True):
+        assert (got.float() - wanted.float()).abs().max() < 0.02
+    stored = pair.gate_proj.stored
+    assert fuse_(pair) == 0 and pair.gate_proj.stored is stored  # there is nothing left to fuse
+
+
 class Positions(nn.Embedding):
     """As some models have them: its argument is a mask."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from df11 import checkpoint, cli, hf, modules, runtime
@@ -195,6 +197,49 @@ def test_another_dtype_is_refused(llama: tuple[Path, Path]) -> None:
         load(llama[1]).float()
     with pytest.raises(runtime.CompressedModelError, match="keep the model in torch"):
         load(llama[1]).to(torch.float32)(IDS)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "toy"}, "`toy`"),
+        ({"model_type": "llama", "architectures": ["NoSuchModel"]}, "NoSuchModel"),
+        ({"model_type": "llama"}, ""),
+        ({}, "model_type"),
+    ],
+)
+def test_a_model_that_transformers_does_not_know_is_told(
+    tmp_path: Path, config: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"a.weight": torch.randn(64, 64).bfloat16()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["compress", str(tmp_path), str(tmp_path / "compressed")]) == 1
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'config.json'} is of no model that transformers" in told and reason in told
+    assert "update it, or take config.json away" in told and not list(tmp_path.glob("*compressed*"))
+    (tmp_path / "config.json").unlink()
+    assert cli.main(["compress", str(tmp_path), str(tmp_path / "compressed")]) == 0
+    assert [row["name"] for row in checkpoint.summary(tmp_path / "compressed") if row["compressed"]] == ["a.weight"]
+
+
+def test_compressed_tensors_that_the_model_does_not_have_are_named(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    original = SafetensorsSource(llama[0])
+    tensors = {info.name: original.read(info.name) for info in original.tensors()} | {"extra.weight": torch.ones(64, 64).bfloat16()}
+    (tmp_path / "original").mkdir()
+    save_file(tensors, tmp_path / "original" / "model.safetensors", {"format": "pt"})
+    shutil.copy(llama[0] / "config.json", tmp_path / "original")
+    checkpoint.compress(tmp_path / "original", tmp_path / "all")
+    with pytest.raises(ValueError, match=r"extra\.weight is compressed, but Llama.* --exclude 'extra\.weight'"):
+        load(tmp_path / "all")
+    for name, options in (("excluded", {"exclude": ("extra.weight",)}), ("loadable", {"loadable": hf.parameter_names})):
+        checkpoint.compress(tmp_path / "original", tmp_path / name, **options)  # type: ignore[arg-type]
+        assert same_bits(load(tmp_path / name)(IDS).logits, load(llama[0])(IDS).logits)
+
+
+def test_a_compressed_model_without_files_is_refused(llama: tuple[Path, Path]) -> None:
+    config = transformers.AutoConfig.from_pretrained(llama[1])
+    with pytest.raises(ValueError, match="loaded from safetensors files: none were given"):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
 
 
 def test_a_newer_layout_is_refused() -> None:

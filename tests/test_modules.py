@@ -130,6 +130,8 @@ def test_misuse_is_told(original: Model) -> None:
     compress_(original)
     with pytest.raises(ValueError, match="choose one of layer, block"):
         attach(original, "tensor")
+    with pytest.raises(ValueError, match="choose one of fast, paper, released"):
+        attach(original, kernel="quick")
     attach(original)
     with pytest.raises(CompressedModelError, match=r"model\.eval\(\)"):
         original.train()(IDS)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from df11 import gpu, nvcomp, ops
+from df11 import gpu, nvcomp, ops, released
 from df11.formats import FormatError
 from df11.formats.dfloat11 import DFloat11
 
@@ -68,6 +69,14 @@ def test_unsound_arrays_and_outputs_are_named() -> None:
         gpu.decompress(*arguments(unit, torch.empty(500, dtype=torch.bfloat16)))
 
 
+def test_units_of_2_32_weights_are_refused() -> None:
+    """Told by their positions, which need 64 bits."""
+    unit = FORMAT.encode_tensors([torch.randn(500).bfloat16()])
+    wide = replace(unit, output_positions=unit.output_positions.astype(np.uint64))
+    with pytest.raises(ValueError, match=r"fewer than 2\^32; split the unit"):
+        ops.CompressedUnit.from_unit(wide, "cpu")
+
+
 @pytest.mark.parametrize("blocks", [[1], [17000, 17000, 4000, 4000], [5] * 40, [1] * 600, [1_000_000, 1], [3, 529]])
 def test_a_launch_is_shared_out_fairly(blocks: list[int]) -> None:
     counts = gpu.share_out(blocks, 528)
@@ -116,6 +125,13 @@ def test_pycuda_waits_for_the_first_launch() -> None:
     code = "import sys, df11.ops, df11.released; print('pycuda' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_without_the_released_package_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not released.is_installed()
+    with pytest.raises(ModuleNotFoundError, match=r"pip install dfloat11==0\.5\.0"):
+        released.encode([torch.randn(8).bfloat16()])
 
 
 def test_nvcomp_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,48 @@ def test_what_does_not_fit_is_named(original: Path, tmp_path: Path) -> None:
         released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(original))
     with pytest.raises(CheckpointError, match="exists already"):
         released_checkpoint.write(original, tmp_path / "ours")
+    with pytest.raises(CheckpointError, match="exists already"):
+        released_checkpoint.restore(tmp_path / "ours", original, shapes(original))
+    for file in (tmp_path / "ours").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="holds no safetensors files: download it again"):
+        released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(original))
+
+
+def test_units_that_are_not_those_of_config_and_model_are_named(original: Path, tmp_path: Path) -> None:
+    released_checkpoint.write(original, tmp_path / "ours")
+    q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")  # as many weights, cut at another place
+    with pytest.raises(FormatError, match=r"model\.layers\.0 in .*: split_positions .* do not cut shapes"):
+        released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(original) | {q: (16, 32), k: (32, 32)})
+    file = tmp_path / "ours" / "lm_head.safetensors"
+    whole = load_file(file)
+    save_file({name: tensor for name, tensor in whole.items() if name != "lm_head.gaps"}, file)
+    with pytest.raises(FormatError, match=r"lm_head in .*lm_head\.safetensors: .*gaps.*; download it again"):
+        released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(original))
+    save_file(whole, file)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    del config["dfloat11_config"]["pattern_dict"]["lm_head"]
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"no pattern of config\.json matches lm_head, which .*lm_head\.safetensors holds"):
+        released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(original))
+    assert not (tmp_path / "back").exists()
+
+
+def test_blocks_that_are_not_alike_have_patterns_of_their_own(tmp_path: Path) -> None:
+    """Also: what an interrupted run left is not mixed in, and there is no file for tensors outside of all units."""
+    (tmp_path / "original").mkdir()
+    names = [f"layers.{i}.{name}.weight" for i, inside in enumerate(("q", "qk", "q", "qkv")) for name in inside]
+    tensors = {name: (torch.randn(8, 8 + at) * 0.02).bfloat16() for at, name in enumerate(names)}
+    save_file(tensors, tmp_path / "original" / "model.safetensors")
+    for target in ("ours", "back"):
+        (tmp_path / f".{target}.partial").mkdir()
+        save_file({"old": torch.ones(3)}, tmp_path / f".{target}.partial" / "old.safetensors")
+    released_checkpoint.write(tmp_path / "original", tmp_path / "ours")
+    patterns = released_checkpoint.patterns(tmp_path / "ours")
+    assert sorted(map(len, patterns.values())) == [1, 2, 3]  # the first and third share one
+    released_checkpoint.restore(tmp_path / "ours", tmp_path / "back", shapes(tmp_path / "original"))
+    assert same(everything(tmp_path / "back"), tensors)
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*/old*"))
 
 
 def test_what_the_layout_has_no_place_for_stays(tmp_path: Path) -> None:
@@ -165,3 +207,9 @@ def test_the_command_line(original: Path, tmp_path: Path, capsys: pytest.Capture
     assert same(everything(tmp_path / "back"), everything(original))
     assert cli.main(["compress", str(original), str(tmp_path / "x"), "--released", "--exclude", "*"]) == 1
     assert "whole blocks" in capsys.readouterr().err
+    weights = everything(original)
+    weights["lm_head.weight"][3, 5] = float("nan")
+    (tmp_path / "nan").mkdir()
+    save_file(weights, tmp_path / "nan" / "model.safetensors")
+    assert cli.main(["compress", str(tmp_path / "nan"), str(tmp_path / "x"), "--released"]) == 1
+    assert "1 weights have an exponent of 240 or more" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -98,6 +99,18 @@ def test_flat_histograms_fit_the_tables() -> None:
     assert len(unit.luts) - 1 <= luts.MAX_TABLES
 
 
+def test_codes_that_the_tables_cannot_hold_are_refused() -> None:
+    counts = np.zeros(256, np.int64)
+    counts[:240] = np.linspace(1, 400, 240)
+    with pytest.raises(ValueError, match=r"needs \d+ tables, the layout has 17: use a shorter limit"):
+        DFloat11().encode_tensors([normal(100)], Code.from_histogram(counts))
+    counts[:] = 1
+    with pytest.raises(UnsupportedBits, match="a symbol of 240 or more"):
+        DFloat11().encode_tensors([normal(100)], Code.from_histogram(counts))
+    with pytest.raises(ValueError, match=r"no entry for symbol \d+, which occurs"):
+        DFloat11().encode_tensors([normal(100)], Code.from_histogram(np.eye(256, dtype=np.int64)[7]))
+
+
 @given(st.integers(1, 40_000), st.sampled_from([0.0, 1e-30, 0.02, 1e4]), st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
 def test_arrays_equal_the_reference(n: int, std: float, seed: int) -> None:
@@ -161,9 +174,10 @@ def test_hostile_shapes_with_a_right_checksum_are_named(shapes: str) -> None:
 def test_a_stream_that_changes_or_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="holds 10 weights"):
         DFloat11().encode(lambda: [normal(10)], [(3, 3)])
-    passes = iter([[normal(10)], [normal(4), normal(6)]])
-    with pytest.raises(ValueError, match="not the same in the second pass"):
-        DFloat11().encode(lambda: next(passes), [(10,)])
+    for second in ([normal(4), normal(6)], [normal(9)], []):
+        passes = iter([[normal(10)], second])
+        with pytest.raises(ValueError, match="not the same in the second pass"):
+            DFloat11().encode(lambda passes=passes: next(passes), [(10,)])  # type: ignore[misc]
 
 
 def test_sizes_are_counted_by_part() -> None:
@@ -232,6 +246,24 @@ def test_random_arrays_end_in_a_named_error(name: str) -> None:
         noise = rng.integers(0, np.iinfo(getattr(good, name).dtype).max, shape, getattr(good, name).dtype, endpoint=True)
         with pytest.raises(FormatError):
             layout.decode(dataclasses.replace(good, **{name: noise}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "block"),
+    [
+        (lambda unit: {"encoded_exponent": unit.encoded_exponent[:-2]}, 3),
+        (lambda unit: {"encoded_exponent": np.append(unit.encoded_exponent, np.zeros(1, np.uint8))}, 3),
+        (lambda unit: {"output_positions": unit.output_positions + np.array([0, 1, 0, 0, 0], np.uint32)}, 0),
+        (lambda unit: {"output_positions": unit.output_positions - np.array([0, 0, 1, 0, 0], np.uint32)}, 1),
+        (lambda unit: {"gaps": unit.gaps ^ (np.arange(unit.gaps.size) == 700).astype(np.uint8)}, 2),
+        (lambda unit: {"luts": np.vstack([unit.luts[:-1], unit.luts[-1:] * 0])}, 0),
+    ],
+    ids=["too short", "too long", "one too many", "one too few", "gap", "no lengths"],
+)
+def test_the_first_block_that_disagrees_is_named(changed: Callable[[DFloat11Unit], dict[str, np.ndarray]], block: int) -> None:
+    unit = dataclasses.replace(DFloat11().encode_tensors([normal(40_000)]), checksum="")
+    with pytest.raises(FormatError, match=f"block {block} of 4 does not decode"):
+        DFloat11(threads=1).decode(dataclasses.replace(unit, **changed(unit)))
 
 
 def test_looping_and_empty_tables_end() -> None:

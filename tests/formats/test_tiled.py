@@ -50,7 +50,7 @@ def test_several_matrices_share_a_code() -> None:
 def test_all_patterns() -> None:
     """Alone they are not smaller than as they are; among ordinary weights they are patches."""
     everything = patterns(np.arange(1 << 16), (256, 256))
-    assert check(everything).matrices[0].raw is not None
+    assert FORMAT.nbytes(check(everything))["raw"] == 2 << 16
     unit = check(torch.cat([normal(2048, 256), everything]))
     assert unit.matrices[0].raw is None and len(unit.matrices[0].patches) > 50_000
 
@@ -161,6 +161,17 @@ def test_damaged_arrays_are_refused(sample: TiledUnit) -> None:
         array[at] = array[at][::-1]
         with pytest.raises(FormatError):
             FORMAT.decode(replace(sample, code=replace(sample.code, **{name: array})))
+
+
+def test_the_tile_that_does_not_fit_is_named(sample: TiledUnit) -> None:
+    (matrix,) = sample.matrices
+    assert len(matrix.low) == 4 and matrix.patches.tolist() == [3 << 28 | 5 << 16 | 0x7FC0]
+    later, outside = matrix.tiles.copy(), np.array([3 << 28 | 600 << 16], np.uint32)
+    later[2, 0] += 1
+    for changed, tile in (({"tiles": later}, 1), ({"patches": outside}, 0)):
+        damaged = replace(sample, checksum="", matrices=(replace(matrix, **changed),))
+        with pytest.raises(FormatError, match=rf"tile {tile} of a matrix \[64, 576\] does not decode"):
+            FORMAT.decode(damaged)
 
 
 def test_noise_is_refused_without_a_checksum(sample: TiledUnit) -> None:
