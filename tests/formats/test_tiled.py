@@ -163,14 +163,18 @@ def test_damaged_arrays_are_refused(sample: TiledUnit) -> None:
             FORMAT.decode(replace(sample, code=replace(sample.code, **{name: array})))
 
 
-def test_the_tile_that_does_not_fit_is_named(sample: TiledUnit) -> None:
-    (matrix,) = sample.matrices
-    assert len(matrix.low) == 4 and matrix.patches.tolist() == [3 << 28 | 5 << 16 | 0x7FC0]
-    later, outside = matrix.tiles.copy(), np.array([3 << 28 | 600 << 16], np.uint32)
+def test_the_tile_that_does_not_fit_is_named() -> None:
+    weights = normal(32, 1140)  # two tiles across, of 576 columns
+    weights[0, 0] = weights[-1, -1] = float("nan")
+    unit = FORMAT.encode_tensors([weights])
+    (matrix,) = unit.matrices
+    later, another, padding = matrix.tiles.copy(), matrix.patches.copy(), matrix.patches.copy()
     later[2, 0] += 1
-    for changed, tile in (({"tiles": later}, 1), ({"patches": outside}, 0)):
-        damaged = replace(sample, checksum="", matrices=(replace(matrix, **changed),))
-        with pytest.raises(FormatError, match=rf"tile {tile} of a matrix \[64, 576\] does not decode"):
+    another[0] = 600 << 16  # a column of the tile at its side
+    padding[-1] = 570 << 16  # the last tile's are 0 to 563
+    for changed, tile in (({"tiles": later}, 1), ({"patches": another}, 0), ({"patches": padding}, 3)):
+        damaged = replace(unit, checksum="", matrices=(replace(matrix, **changed),))
+        with pytest.raises(FormatError, match=rf"tile {tile} of a matrix \[32, 1140\] does not decode"):
             FORMAT.decode(damaged)
 
 
