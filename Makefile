@@ -8,7 +8,7 @@ NEEDED_GB := 5
 KERNELS := $(basename $(notdir $(wildcard kernels/*.cu)))
 ARCHS := sm_80 sm_90
 
-.PHONY: help run test lint figures notebooks paper kernels gpu-test clean
+.PHONY: help run test coverage lint figures notebooks paper kernels gpu-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,6 +18,11 @@ run: .venv/installed  ## compress the embedded default model and print its sizes
 
 test: .venv/installed  ## the fast tests: no GPU, no network
 	$(PY) -m pytest
+
+coverage: .venv/installed  ## how much of df11/ the fast tests reach; loops that numba compiles count as missed
+	$(PY) -m coverage run -m pytest
+	$(PY) -m coverage combine -q
+	$(PY) -m coverage report
 
 lint: .venv/installed  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -29,6 +29,7 @@ from df11.checkpoint_files import (
     Progress,
     StoredFile,
     checksum_of,
+    config_to_compress,
     header_of,
     open_files,
     read_config,
@@ -102,10 +103,8 @@ def compress(
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
-    if (source / MANIFEST).exists():
-        raise CheckpointError(f"{source} is compressed already: `df11 info {source}` describes it")
+    config = config_to_compress(source)
     files = _weight_files(source)
-    config = read_config(source)
     names = loadable(source) if loadable else None
     added = _remote_code(source, config) if remote_code else {}
     options = {"include": list(include), "exclude": list(exclude), "added": added, "source": _fingerprint(files)}
@@ -113,7 +112,7 @@ def compress(
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     begun = partial / BEGUN
-    if begun.exists() and json.loads(begun.read_text()) != options:
+    if begun.exists() and begun.read_text() != json.dumps(options):
         raise CheckpointError(f"{partial} was begun with other options or another source: remove it and run again")
     write(begun, json.dumps(options).encode())
     codec = DFloat11(threads=threads)
@@ -126,8 +125,8 @@ def compress(
         if not (partial / name).exists():
             _compress_file(file, partial / name, codec, wanted, progress)
     manifest = _finish(source, partial, files, added, mode)
-    begun.unlink()
     partial.rename(target)
+    (target / BEGUN).unlink()
     return manifest
 
 
@@ -157,7 +156,11 @@ def _weight_files(directory: Path) -> dict[str, Path]:
     """Safetensors files by name. Raises SourceError where they are incomplete or damaged."""
     if not directory.is_dir():
         raise SourceError(f"{directory} is not a directory: name one with safetensors files")
-    return {file.name: file for file in SafetensorsSource(directory).files}
+    files = SafetensorsSource(directory).files
+    found = {file.name: file for file in files}
+    if len(found) < len(files):
+        raise SourceError(f"{directory} has files of the same name in several folders: put all into one, under names of their own")
+    return found
 
 
 def _fingerprint(files: dict[str, Path]) -> dict[str, list[int]]:
@@ -171,8 +174,9 @@ def _compress_file(source: Path, target: Path, codec: DFloat11, wanted: Wanted, 
     original, _ = read_header(source)
     about: dict[str, Any] = {"original_header": original.decode(), "tensors": {}, "stored": {}}
     entries: dict[str, Any] = {}
-    # An entry takes the name twice (with a suffix), its checksums and some 150 characters; a compressed tensor has five.
-    room = 4096 + 3 * len(original) + sum(5 * (3 * len(info.name) + 320) for info in reader.tensors())
+    # An entry takes the name three times (with a suffix), its checksums and some 150 characters; a compressed tensor has five.
+    names = {info.name for info in reader.tensors()}
+    room = 4096 + _escaped(about["original_header"]) + sum(5 * (3 * _escaped(name) + 320) for name in names)
     temporary = target.with_name(f".{target.name}.tmp")
     with temporary.open("wb") as out:
         out.seek(8 + room)
@@ -181,6 +185,8 @@ def _compress_file(source: Path, target: Path, codec: DFloat11, wanted: Wanted, 
         for info, (stored, record) in zip(reader.tensors(), made, strict=True):
             about["tensors"][info.name] = record
             for key, (dtype, shape, data) in stored.items():
+                if key in names - {info.name}:
+                    raise CheckpointError(f"{source} has a tensor {key}, a name that {info.name} needs: --exclude '{info.name}'")
                 entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
                 about["stored"][key] = xxhash.xxh3_128_hexdigest(data)
                 out.write(data)
@@ -194,6 +200,11 @@ def _compress_file(source: Path, target: Path, codec: DFloat11, wanted: Wanted, 
         out.flush()
         os.fsync(out.fileno())
     temporary.rename(target)
+
+
+def _escaped(text: str) -> int:
+    """Bytes of a text in JSON in JSON."""
+    return len(json.dumps(json.dumps(text)))
 
 
 def _stored(
@@ -230,11 +241,11 @@ def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str
         total += max(entry["data_offsets"][1] for entry in header.values()) if header else 0
     originals: dict[str, str] = {}
     if (source / INDEX).exists():
-        originals[INDEX] = (source / INDEX).read_text()
+        originals[INDEX] = (source / INDEX).read_bytes().decode()  # line ends as they are
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write(partial / INDEX, (json.dumps(index, indent=1) + "\n").encode())
     if (source / "config.json").exists():
-        originals["config.json"] = (source / "config.json").read_text()
+        originals["config.json"] = (source / "config.json").read_bytes().decode()
         how = {"quant_method": QUANT_METHOD, "version": VERSION} | ({} if mode == "exact" else {"mode": mode})
         config = read_config(source) | {"quantization_config": how}
         if added:
@@ -245,7 +256,7 @@ def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str
             shutil.copyfile(path, partial / path.name)
     for name, code in added.items():
         write(partial / name, code.encode())
-    others = sorted(p for p in partial.iterdir() if p.is_file() and p.name not in {*files, BEGUN})
+    others = sorted(p for p in partial.iterdir() if p.is_file() and p.name not in {*files, BEGUN, MANIFEST})
     manifest: dict[str, Any] = {
         "version": VERSION,
         "df11": __version__,
@@ -282,8 +293,6 @@ def verify(directory: Path, original: Path | None = None, progress: Progress = l
             if expected is not None and not np.array_equal(piece, expected[at : at + piece.size]):
                 raise FormatError(f"{name} in {file.path} is not what {original} holds")
             at += piece.size
-        if expected is not None and at != expected.size:
-            raise FormatError(f"{name} in {file.path} has another size than in {original}")
         return at
 
     tensors = [(file, name) for file in files for name in file.about["tensors"]]

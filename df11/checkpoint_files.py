@@ -44,6 +44,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def config_to_compress(source: Path) -> dict[str, Any]:
+    """As `read_config`, of a directory that is to be compressed. Raises CheckpointError where it is compressed or quantised."""
+    if (source / MANIFEST).exists():
+        raise CheckpointError(f"{source} is compressed already: `df11 info {source}` describes it")
+    config = read_config(source)
+    if "dfloat11_config" in config:
+        raise CheckpointError(f"{source} is compressed by the released package: `df11 restore` it first")
+    if "quantization_config" in config:
+        raise CheckpointError(f"{source} is quantised, and what says how would be lost: compress the model before quantisation")
+    return config
+
+
 def header_of(file: Path) -> tuple[bytes, dict[str, Any]]:
     """As `read_header`; raises CheckpointError."""
     try:

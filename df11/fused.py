@@ -116,6 +116,8 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
                 f"{name} is offloaded, but mode=fused needs all weights in place: take mode='exact', "
                 "or a device_map without 'cpu' and 'disk'"
             )
+    if any("_df11_pool" in module.__dict__ for module in model.modules()):
+        raise CompressedModelError("blocks are offloaded, but mode=fused needs all weights in place: fuse_ before offload_")
     count = (_fuse_merged(model) if merge else 0) + _fuse_each(model)
     attach(model)
     if hasattr(model, "tie_weights"):

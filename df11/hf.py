@@ -112,8 +112,10 @@ class DF11Config(QuantizationConfigMixin):
             raise ValueError(f"the checkpoint has version {version} of the df11 layout, this df11 reads {VERSION}: update df11")
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+        if unknown := kwargs.keys() - {"quant_method"}:
+            raise ValueError(f"{', '.join(sorted(unknown))}: DF11Config takes include, exclude, granularity and mode")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.include, self.exclude = ((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude))
         self.granularity, self.mode, self.version = granularity, mode, version
 
 
@@ -279,6 +281,8 @@ def build(
 def load(directory: Path, device: str, mode: str = "exact") -> transformers.PreTrainedModel:
     """A model from a bf16 or a compressed checkpoint, also of the released package's. mode: `fused` where config.json says so or
     this does."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
     options = {"quantization_config": DF11Config()} if released_checkpoint.is_released(directory) else {}
     model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.bfloat16, device_map=device, **options

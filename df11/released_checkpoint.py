@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from df11.checkpoint_files import CheckpointError, Progress, read_config
+from df11.checkpoint_files import CheckpointError, Progress, config_to_compress, read_config
 from df11.formats import FormatError
 from df11.formats.dfloat11 import BLOCK_CHUNKS, CHUNK_BYTES, DFloat11, DFloat11Unit
 from df11.released import VERSION
@@ -52,7 +52,7 @@ class StoredUnit:
                 stored = {name: opened.get_tensor(f"{self.module}.{name}").numpy() for name in ARRAYS}
             unit = _unit(stored, tuple(shapes[name] for name in self.names))
             return dict(zip(self.names, DFloat11().decode(unit), strict=True))
-        except (FormatError, SafetensorError, ValueError) as broken:
+        except (FormatError, SafetensorError, TypeError, ValueError) as broken:
             raise FormatError(f"{self.module} in {self.file}: {broken}; download it again") from broken
 
 
@@ -64,7 +64,15 @@ def weight_files(directory: Path) -> list[Path]:
 
 def patterns(directory: Path) -> dict[str, list[str]]:
     """Of module names, each with the paths of the linear layers inside; none for an embedding or a linear layer."""
-    found: dict[str, list[str]] = read_config(directory)["dfloat11_config"]["pattern_dict"]
+    config = read_config(directory)["dfloat11_config"]
+    try:
+        found: dict[str, list[str]] = config["pattern_dict"]
+        for pattern in found:
+            re.compile(pattern)
+    except (KeyError, TypeError, re.error) as broken:
+        raise CheckpointError(
+            f"dfloat11_config in {directory / 'config.json'} has no sound pattern_dict ({broken!r}): download it again"
+        ) from broken
     return found
 
 
@@ -154,8 +162,8 @@ def write(source: Path, target: Path, threads: int = 0, progress: Progress = lam
     2^113: the layout has no code for them."""
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
+    config = config_to_compress(source)
     reader = SafetensorsSource(source)
-    config = read_config(source)
     # The released loader takes the `weight` of linear layers and embeddings only.
     parts, rest = split_units(reader.tensors(), wanted=lambda t: len(t.shape) == 2 and t.name.endswith(".weight"))
     loose = {info.name: info for info in rest}

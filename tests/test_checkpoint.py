@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -278,6 +280,63 @@ def test_a_run_that_found_no_room_goes_on(original: Path, tmp_path: Path, capsys
     assert cli.main(["compress", str(original), str(target)]) == 0
     assert {name: (target / name).stat().st_mtime_ns for name in finished} == finished
     assert checkpoint.verify(target, original) == len(tensors()) + 1
+
+
+@pytest.mark.parametrize("released", [True, False])
+@pytest.mark.parametrize("config", [{"dfloat11_config": {}}, {"quantization_config": {"quant_method": "fp8"}}])
+def test_what_is_not_the_models_own_bf16_is_refused(
+    original: Path, tmp_path: Path, config: dict[str, Any], released: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (original / "config.json").write_text(json.dumps(config))
+    assert cli.main(["compress", str(original), str(tmp_path / "x"), *["--released"] * released]) == 1
+    assert re.search("`df11 restore` it first|before quantisation", capsys.readouterr().err) and not (tmp_path / "x").exists()
+
+
+def test_names_that_collide_are_refused(original: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "collides"
+    directory.mkdir()
+    save_file({"a": torch.randn(64, 64).bfloat16(), "a_gaps": torch.ones(3)}, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a tensor a_gaps, a name that a needs: --exclude 'a'"):
+        checkpoint.compress(directory, tmp_path / "x")
+    checkpoint.compress(directory, tmp_path / "y", exclude=("a",))
+    assert checkpoint.verify(tmp_path / "y", directory) == 2
+    for name, at in (("a", "x"), ("b", "y")):
+        (original / at).mkdir()
+        save_file({name: torch.ones(2)}, original / at / "m.safetensors")
+    index = {"weight_map": {"a": "x/m.safetensors", "b": "y/m.safetensors"}}
+    (original / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError, match="files of the same name in several folders"):
+        checkpoint.compress(original, tmp_path / "z")
+
+
+def test_texts_come_back_to_the_byte_and_long_names_have_room(tmp_path: Path) -> None:
+    (tmp_path / "original").mkdir()
+    tensors = {"é" * 300: torch.randn(64, 64).bfloat16()}
+    save_file(tensors, tmp_path / "original" / "model.safetensors", {"x": '"' * 20_000})
+    (tmp_path / "original" / "config.json").write_bytes(b'{\r\n "model_type": "x"\r\n}')
+    checkpoint.compress(tmp_path / "original", tmp_path / "compressed")
+    checkpoint.restore(tmp_path / "compressed", tmp_path / "restored")
+    for path in (tmp_path / "original").iterdir():
+        assert (tmp_path / "restored" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_run_that_was_killed_at_its_very_end_is_resumed(
+    original: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write
+
+    def killed(path: Path, data: bytes) -> None:
+        write(path, data)
+        if path.name == checkpoint.MANIFEST:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.compress(original, tmp_path / "x", threads=1)
+    monkeypatch.undo()
+    checkpoint.compress(original, tmp_path / "x", threads=1)
+    assert checkpoint.verify(tmp_path / "x", original) == len(tensors())
+    assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == {p.name: p.read_bytes() for p in compressed.iterdir()}
 
 
 def test_what_an_interrupted_restore_left_is_not_mixed_in(original: Path, compressed: Path, tmp_path: Path) -> None:

@@ -236,6 +236,14 @@ def test_compressed_tensors_that_the_model_does_not_have_are_named(llama: tuple[
         assert same_bits(load(tmp_path / name)(IDS).logits, load(llama[0])(IDS).logits)
 
 
+def test_options_that_would_do_nothing(llama: tuple[Path, Path]) -> None:
+    assert hf.DF11Config(exclude="lm_head*").exclude == ("lm_head*",)  # not its characters, among them `*`
+    with pytest.raises(ValueError, match="granularty: DF11Config takes include"):
+        hf.DF11Config(granularty="block")
+    with pytest.raises(ValueError, match=r"fussed.*exact, fused"):
+        hf.load(llama[0], "cpu", mode="fussed")
+
+
 def test_a_compressed_model_without_files_is_refused(llama: tuple[Path, Path]) -> None:
     config = transformers.AutoConfig.from_pretrained(llama[1])
     with pytest.raises(ValueError, match="loaded from safetensors files: none were given"):

@@ -90,6 +90,13 @@ def test_ours_have_the_files_keys_and_dtypes_of_theirs(original: Path, tmp_path:
     assert same(everything(tmp_path / "back"), everything(original))
 
 
+@pytest.mark.parametrize("config", [{}, {"pattern_dict": {"(": []}}, []])
+def test_patterns_that_are_none_are_told(tmp_path: Path, config: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dfloat11_config": config}))
+    with pytest.raises(CheckpointError, match=r"config\.json has no sound pattern_dict"):
+        released_checkpoint.patterns(tmp_path)
+
+
 def test_what_does_not_fit_is_named(original: Path, tmp_path: Path) -> None:
     released_checkpoint.write(original, tmp_path / "ours")
     wrong = shapes(original) | {"lm_head.weight": (90, 31)}

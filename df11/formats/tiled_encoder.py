@@ -88,8 +88,6 @@ def _groups(flat: torch.Tensor, down: int, across: int, f: int) -> tuple[torch.T
     if any(missing):
         flat = pad(flat, (0, missing[1], 0, missing[0]))
     groups = flat.view(down, 2, 8, across, f, 4, 4).permute(0, 3, 4, 1, 2, 5, 6).contiguous().view(-1, f, 2, LANES, 4)
-    if groups.data_ptr() == flat.data_ptr():  # it will be written to
-        groups = groups.clone()
     if not any(missing):
         return groups, None
     row = torch.arange(down * ROWS, device=flat.device).view(down, 1, 1, 2, 8, 1, 1)

@@ -15,7 +15,7 @@ import torch
 SOURCES = ("path", "package", "synthetic", "random")
 DISTRIBUTIONS = ("normal", "smollm2")
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1, "BOOL": 1, "I16": 2, "I32": 4, "I64": 8, "U16": 2}
-BYTES |= {"U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
+BYTES |= {"U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
 
 
 class SourceError(Exception):
@@ -74,6 +74,8 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        if self.dtype not in BYTES:
+            raise SourceError(f"{self.name} is of dtype {self.dtype}, which this df11 does not know: update it")
         return self.numel * BYTES[self.dtype]
 
 
