@@ -80,9 +80,10 @@ def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
         (architecture,) = config.architectures
         with torch.device("meta"):
             model = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
-    except (ValueError, TypeError, AttributeError, OSError) as unknown:
+    except Exception as unknown:  # whatever transformers makes of a config
+        reason = (str(unknown).strip() or type(unknown).__name__).splitlines()[0]
         raise SourceError(
-            f"{directory / 'config.json'} is of no model that transformers {transformers.__version__} knows ({unknown}):"
+            f"{directory / 'config.json'} is of no model that transformers {transformers.__version__} knows ({reason}):"
             " update it, or take config.json away to compress every matrix by its shape"
         ) from unknown
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}

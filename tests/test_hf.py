@@ -205,6 +205,8 @@ def test_another_dtype_is_refused(llama: tuple[Path, Path]) -> None:
         ({"model_type": "toy"}, "`toy`"),
         ({"model_type": "llama", "architectures": ["NoSuchModel"]}, "NoSuchModel"),
         ({"model_type": "llama"}, ""),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "many"}, "hidden_size"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 0}, "zero"),
         ({}, "model_type"),
     ],
 )
