@@ -54,18 +54,18 @@ def _start(logger: Any, folder: Path, group: str, config: dict[str, Any]) -> Any
     def start(mode: Literal["online", "offline"]) -> Any:
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("no account is known, `wandb login` asks for one")
+        settings = wandb.Settings(
+            init_timeout=logger.timeout_s,  # by default W&B waits for minutes, at the end for ever
+            finish_timeout=logger.timeout_s,
+            finish_timeout_raises=True,
+            x_stats_sampling_interval=logger.system_metrics_s,
+            silent=True,
+            console="off",
+        )
         return wandb.init(
             project=logger.project, group=group, name=folder.name, dir=str(folder), config=config, mode=mode, settings=settings
         )
 
-    settings = wandb.Settings(
-        init_timeout=logger.timeout_s,  # by default W&B waits for minutes, at the end for ever
-        finish_timeout=logger.timeout_s,
-        finish_timeout_raises=True,
-        x_stats_sampling_interval=logger.system_metrics_s,
-        silent=True,
-        console="off",
-    )
     if logger.mode == "online" and (run := _guarded(lambda: start("online"), "kept offline, `wandb sync` sends it later")):
         return run
     return _guarded(lambda: start("offline"), "the results are kept without it")
@@ -96,8 +96,10 @@ def _log(run: Any, rows: list[dict[str, Any]], table: pd.DataFrame) -> None:
 def _finish(run: Any, exit_code: int) -> None:
     import wandb
 
-    run.finish(exit_code)
-    wandb.teardown()  # only then is all on disk: finish() does not wait for the file to be closed
+    try:
+        run.finish(exit_code)
+    finally:
+        wandb.teardown()  # only then is all on disk: finish() does not wait for the file to be closed
 
 
 def scalars(rows: pd.DataFrame) -> tuple[dict[str, Any], pd.Series]:
