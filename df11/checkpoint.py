@@ -185,7 +185,7 @@ def _compress_file(source: Path, target: Path, codec: DFloat11, wanted: Wanted, 
         for info, (stored, record) in zip(reader.tensors(), made, strict=True):
             about["tensors"][info.name] = record
             for key, (dtype, shape, data) in stored.items():
-                if key in names - {info.name}:
+                if key != info.name and key in names:
                     raise CheckpointError(f"{source} has a tensor {key}, a name that {info.name} needs: --exclude '{info.name}'")
                 entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
                 about["stored"][key] = xxhash.xxh3_128_hexdigest(data)

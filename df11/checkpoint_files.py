@@ -51,7 +51,7 @@ def config_to_compress(source: Path) -> dict[str, Any]:
     config = read_config(source)
     if "dfloat11_config" in config:
         raise CheckpointError(f"{source} is compressed by the released package: `df11 restore` it first")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise CheckpointError(f"{source} is quantised, and what says how would be lost: compress the model before quantisation")
     return config
 

@@ -46,16 +46,6 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
     return ways[choose(weight, x, ways)]()
 
 
-torch.library.define("df11::linear", "(Tensor x, Tensor[] arrays, int uppers, int rows, int columns, Tensor? bias=None) -> Tensor")
-
-
-@torch.library.register_fake("df11::linear")
-def _linear_fake(
-    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
 @torch.library.impl("df11::linear", "CompositeExplicitAutograd")
 def _linear(
     x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None

@@ -1,6 +1,6 @@
 """torch operators over one matrix in the tiled layout, and the matrix as tensors on one device.
 
-    torch.ops.df11.tiled_linear(x, arrays, uppers, rows, columns, bias) -> y
+    torch.ops.df11.tiled_linear(x, arrays, uppers, rows, columns, bias) -> y, and df11.linear, the fastest way
     torch.ops.df11.tiled_decompress(arrays, uppers, out)
     torch.ops.df11.tiled_rows(ids, arrays, uppers, rows, columns) -> W[ids]
 
@@ -25,8 +25,10 @@ MOST_ROWS = tiled_gpu.MOST_ROWS  # of x
 ARRAYS = tuple(tiled_gpu.RULES)
 TILE_ROWS = tiled_gpu.TILE_ROWS
 _MATRIX = "Tensor[] arrays, int uppers"
+_LINEAR = f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None) -> Tensor"
 
-torch.library.define("df11::tiled_linear", f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None) -> Tensor")
+torch.library.define("df11::tiled_linear", _LINEAR)
+torch.library.define("df11::linear", _LINEAR)  # computed by df11/dispatch.py
 torch.library.define("df11::tiled_decompress", f"({_MATRIX}, Tensor(a!) out) -> ()")
 torch.library.define("df11::tiled_rows", f"(Tensor ids, {_MATRIX}, int rows, int columns) -> Tensor")
 torch.library.impl("df11::tiled_linear", "CUDA")(tiled_gpu.linear)
@@ -34,6 +36,7 @@ torch.library.impl("df11::tiled_decompress", "CUDA")(tiled_gpu.decompress)
 torch.library.impl("df11::tiled_rows", "CUDA")(tiled_gpu.gather)
 
 
+@torch.library.register_fake("df11::linear")
 @torch.library.register_fake("df11::tiled_linear")
 def _linear_fake(
     x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None

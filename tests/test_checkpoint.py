@@ -290,6 +290,8 @@ def test_what_is_not_the_models_own_bf16_is_refused(
     (original / "config.json").write_text(json.dumps(config))
     assert cli.main(["compress", str(original), str(tmp_path / "x"), *["--released"] * released]) == 1
     assert re.search("`df11 restore` it first|before quantisation", capsys.readouterr().err) and not (tmp_path / "x").exists()
+    (original / "config.json").write_text('{"quantization_config": null}')
+    checkpoint.compress(original, tmp_path / "x")
 
 
 def test_names_that_collide_are_refused(original: Path, tmp_path: Path) -> None:

@@ -30,13 +30,8 @@ from experiments.harness.store import Journal, ResultError, complete, promote, r
 
 CODE = ("df11", "kernels", "experiments/harness/timing.py", "experiments/harness/memory.py")  # what every experiment measures with
 VERSIONS = ("torch", "transformers", "numpy", "numba")  # of packages that decide speed, initialisation or random draws
-PEERS = (
-    "dfloat11",
-    "nvidia-libnvcomp-cu13",
-    "lm-eval",
-    "glyd",
-    "neural-weight-compression",
-)  # measured too where they are installed
+# Measured too where they are installed.
+PEERS = ("dfloat11", "nvidia-libnvcomp-cu13", "lm-eval", "glyd", "neural-weight-compression")
 COMMITTED = provenance.ROOT / "results"  # what compare=... compares with, wherever results_dir is
 SEMANTIC = ("experiment", "model", "codec", "bench", "eval", "device", "seed")  # the part of a config that decides a result
 
