@@ -33,7 +33,7 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
     """x W^T + bias, bf16 [..., rows], the fastest way.
 
     Numbers of rows of x up to the same of BUCKETS share an entry of the table. One that it lacks is timed here, but not while a
-    CUDA graph is captured: then few rows are taken to be faster fused, and others decompressed at once.
+    CUDA graph is captured: then as many rows as can be are taken to be faster fused, and others decompressed at once.
     """
     if torch.compiler.is_compiling():  # what is chosen when is no business of the compiler's
         y: torch.Tensor = torch.ops.df11.linear(x, weight.arrays, weight.uppers, *weight.shape, bias)
@@ -86,7 +86,7 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
         fuses = batch <= MOST_ROWS and (batch == 1 or weight.shape[1] % 4 == 0)
         fuses = fuses and tiled_gpu.fits(*weight.shape, weight.fragments, batch, x.device.index)
         if torch.cuda.is_current_stream_capturing():
-            return "fused" if fuses and bucket <= min(tiled_gpu.PRODUCTS) else "decompress"
+            return "fused" if fuses else "decompress"
         possible = {name: way for name, way in ways.items() if name != "fused" or fuses}
         try:
             table[key] = {name: _seconds(way, x.device) for name, way in possible.items()}

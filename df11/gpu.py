@@ -97,7 +97,7 @@ def digest(source: str, arch: str) -> str:
     if not SOURCES.is_dir():
         raise GpuError(f"{SOURCES} is missing: install df11 from its repository with pip install -e .")
     found = hashlib.sha256(" ".join((*FLAGS, arch)).encode())
-    for path in (*sorted(SOURCES.glob("*.cuh")), SOURCES / f"{source}.cu"):
+    for path in (*sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob(f"{source}*.cu"))):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""The kernels of kernels/tiled.cu on a GPU: product, decompression and single rows of a matrix in the tiled layout.
+"""The kernels of kernels/tiled*.cu on a GPU: product, decompression and single rows of a matrix in the tiled layout.
 
 Arguments as the operators of df11/tiled_ops.py take them. The weights' arrays are trusted to fit each other (`Tiled.check`), and
 must not be written by the last other kernel on the same stream: these kernels begin while those before them end.
@@ -28,6 +28,14 @@ MOST_SPLITS = 8
 STAGE, STAGE_BYTES = 1.5, 44_000
 ADD_UP, ADD_UP_BYTES = 4.0, 1_300_000
 ADD_UP_THREADS = 256
+# tiled_wide_... of compute capability 9.0: the most rows of x, and what plan_wide assumes of the time of a tile, in us on an
+# H100: so much, and so much more for each warpgroup.
+WIDE = {16: (6.0, 0.4), 32: (4.4, 1.0), 64: (4.0, 1.5)}
+WARPGROUP, MOST_WARPGROUPS = 4, 4  # warps; in a thread block
+SLOTS, CHUNKS, CHUNK_BYTES = 8, 4, 9 * 4 * LANES  # tiled::kSlots, kChunks, kLow + kSigns
+WIDE_ADD_UP, WIDE_ADD_UP_BYTES = 1.5, 4_000_000  # us, bytes a us
+PACK_THREADS = 256
+WIDE_SPREAD = struct.Struct("PPPii")  # tiled::Wide
 SPREAD = struct.Struct("Piiiii4x")  # tiled::Spread
 SIZES = struct.Struct("iii")
 RULES = {  # of the arrays in their order: dtype, dimensions, alignment
@@ -41,7 +49,7 @@ RULES = {  # of the arrays in their order: dtype, dimensions, alignment
 
 
 class _Kernels:
-    """The functions of kernels/tiled.cu on one device."""
+    """The functions of kernels/tiled*.cu on one device."""
 
     def __init__(self, index: int) -> None:
         self.device = gpu.device(index)
@@ -53,6 +61,11 @@ class _Kernels:
             names = ("tiled_product", *(f"tiled_products_{rows}" for rows in PRODUCTS), "tiled_add_up")
             names = (*names, "tiled_decompress", "tiled_rows")
             self.functions = {name: module.function(name, self.most_shared) for name in names}
+            self.wide = (properties.major, properties.minor) == (9, 0)  # no other has wgmma
+            if self.wide:
+                wgmma = driver.Module(gpu.build("tiled_wgmma", f"{self.device.arch}a"))
+                names = tuple(f"tiled_{kind}_{rows}" for kind in ("pack", "wide") for rows in WIDE)
+                self.functions |= {name: wgmma.function(name, self.most_shared) for name in names}
             self.fixed_shared = module.constant("tiled_shared")
         self.room = self.most_shared - self.fixed_shared
 
@@ -147,6 +160,41 @@ def plan_rows(rows: int, columns: int, fragments: int, batch: int, processors: i
     return best[2]
 
 
+@dataclass(frozen=True)
+class WidePlan:
+    """How a product of more than 8 rows of x is launched on compute capability 9.0."""
+
+    kernel_rows: int
+    blocks: int
+    warps: int
+    splits: int
+    shared: int  # bytes for x and for low bytes on their way
+
+
+@functools.cache
+def plan_wide(rows: int, columns: int, fragments: int, batch: int, processors: int, room: int) -> WidePlan | None:
+    """The least estimated time of all ways to spread a product; None where shared memory is too small. A warpgroup has four rows of
+    tiles, all of a thread block the same columns of x at a time."""
+    across, fours = -(-columns // (16 * fragments)), -(-rows // (WARPGROUP * TILE_ROWS))
+    kernel_rows = min(size for size in WIDE if size >= batch)
+    once, more = WIDE[kernel_rows]
+    best: tuple[float, WidePlan] | None = None
+    for splits, abreast in itertools.product(range(1, min(MOST_SPLITS, across) + 1), range(1, MOST_WARPGROUPS + 1)):
+        warps = WARPGROUP * abreast
+        shared = SLOTS * 4 * 32 * kernel_rows + warps * CHUNKS * CHUNK_BYTES
+        if shared + warps * code_bytes(fragments) > room:
+            continue
+        row_blocks = min(processors // splits, fours)
+        rounds, rest = divmod(-(-fours // row_blocks), abreast)
+        step = rounds * (once + more * abreast) + (once + more * rest if rest else 0)
+        cost = step * -(-across // splits) * fragments / 32
+        if splits > 1:
+            cost += WIDE_ADD_UP + 8 * splits * rows * batch / WIDE_ADD_UP_BYTES
+        if best is None or cost < best[0]:
+            best = cost, WidePlan(kernel_rows, row_blocks * splits, warps, splits, shared)
+    return best[1] if best else None
+
+
 def fits(rows: int, columns: int, fragments: int, batch: int, index: int) -> bool:
     """Whether a product of so many rows of x has room for x in the shared memory of a GPU."""
     kernels = _kernels(index)
@@ -204,19 +252,29 @@ def linear(
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
     bias_at = 0 if bias is None else bias.data_ptr()
     arguments = (matrix, x.data_ptr(), bias_at, y.data_ptr())
+    place = kernels.device.processors, kernels.room
     if batch == 1:
-        blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room)
+        blocks, warps = plan(rows, columns, fragments, *place)
         padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
         kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
+        return y
+    wide = plan_wide(rows, columns, fragments, batch, *place) if kernels.wide and batch > min(PRODUCTS) else None
+    how = wide or plan_rows(rows, columns, fragments, batch, *place)
+    partial = torch.empty(how.splits * batch * rows if how.splits > 1 else 0, dtype=torch.float32, device=x.device)
+    if isinstance(how, WidePlan):
+        count = fragments * -(-columns // (16 * fragments))
+        copies = torch.empty(2, 32 * count * how.kernel_rows, dtype=torch.uint8, device=x.device)  # of x, in two orders
+        places = copies[0].data_ptr(), copies[1].data_ptr()
+        blocks, sizes = -(-count * how.kernel_rows // PACK_THREADS), SIZES.pack(batch, columns, count)
+        kernels.launch_plain(f"tiled_pack_{how.kernel_rows}", blocks, PACK_THREADS, 0, x.data_ptr(), *places, sizes)
+        name, spread = f"tiled_wide_{how.kernel_rows}", WIDE_SPREAD.pack(*places, partial.data_ptr(), batch, how.splits)
     else:
-        how = plan_rows(rows, columns, fragments, batch, kernels.device.processors, kernels.room)
-        partial = torch.empty(how.splits * batch * rows if how.splits > 1 else 0, dtype=torch.float32, device=x.device)
-        spread = SPREAD.pack(partial.data_ptr(), batch, how.splits, how.groups, how.slice, how.parts_at)
         name = f"tiled_products_{how.kernel_rows}"
-        kernels.launch(name, how.blocks, how.warps, fragments, how.shared, *arguments, spread)
-        if how.splits > 1:
-            blocks, sizes = -(-batch * rows // ADD_UP_THREADS), SIZES.pack(rows, batch, how.splits)
-            kernels.launch_plain("tiled_add_up", blocks, ADD_UP_THREADS, 0, partial.data_ptr(), bias_at, y.data_ptr(), sizes)
+        spread = SPREAD.pack(partial.data_ptr(), batch, how.splits, how.groups, how.slice, how.parts_at)
+    kernels.launch(name, how.blocks, how.warps, fragments, how.shared, *arguments, spread)
+    if how.splits > 1:
+        blocks, sizes = -(-batch * rows // ADD_UP_THREADS), SIZES.pack(rows, batch, how.splits)
+        kernels.launch_plain("tiled_add_up", blocks, ADD_UP_THREADS, 0, partial.data_ptr(), bias_at, y.data_ptr(), sizes)
     return y
 
 

@@ -89,7 +89,7 @@ __device__ __forceinline__ void product(const Matrix& m, const __nv_bfloat16* x,
   const int top = int(int64_t(down) * blockIdx.x / gridDim.x), bottom = int(int64_t(down) * (blockIdx.x + 1) / gridDim.x);
   const int begin = top * across, tiles = (bottom - top) * across;
   const int first = run_start(tiles, warp, warps), last = run_start(tiles, warp + 1, warps);
-  const auto put = [&](int row, int, float sum) {
+  const auto put = [=, &m](int row, int, float sum) {
     row += top * kTileRows;
     if (row < m.rows) y[row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
   };
@@ -163,7 +163,7 @@ __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x
   const int left = across * split / how.splits, right = across * (split + 1) / how.splits;
   const int top = int(int64_t(down) * block / blocks), bottom = int(int64_t(down) * (block + 1) / blocks);
   const int abreast = warps / how.groups, member = warp / how.groups, group = warp % how.groups;
-  const auto put = [&](int row, int n, float sum) {
+  const auto put = [=, &m, &how](int row, int n, float sum) {
     row += top * kTileRows;
     if (row >= m.rows || n >= how.batch) return;
     if (how.splits > 1)
@@ -265,13 +265,18 @@ __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x
   if (__syncthreads_or(!fine)) careful(m, s, codes, x, how.batch, top, bottom, left, right, put);
 }
 
+constexpr int kMostSplits = 8;
+
 // y = the sums of all splits, in their order, + bias.
 __device__ __forceinline__ void add_up(const float* partial, const __nv_bfloat16* bias, __nv_bfloat16* y, int rows, int batch, int splits) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, count = int64_t(rows) * batch;
   wait_for_the_kernel_before();
   if (i >= count) return;
-  float sum = 0;
-  for (int k = 0; k < splits; k++) sum += __ldcs(partial + k * count + i);
+  float parts[kMostSplits], sum = 0;
+#pragma unroll
+  for (int k = 0; k < kMostSplits; k++) parts[k] = k < splits ? __ldcs(partial + k * count + i) : 0;
+#pragma unroll
+  for (int k = 0; k < kMostSplits; k++) sum += parts[k];
   y[i] = __float2bfloat16(bias ? sum + __bfloat162float(bias[i % rows]) : sum);
 }
 

@@ -112,9 +112,7 @@ __device__ __forceinline__ void fetch(const Matrix& m, uint32_t first, uint32_t 
 }
 
 // When they have arrived: what is left after whole words lies lane by lane and becomes a row of words.
-__device__ __forceinline__ void spread(uint32_t bytes, uint32_t (*codes)[kLanes], int lane) {
-  wait();
-  __syncwarp();
+__device__ __forceinline__ void spread_rest(uint32_t bytes, uint32_t (*codes)[kLanes], int lane) {
   if (const uint32_t rest = bytes & 3) {
     uint32_t* const row = codes[bytes / 4];
     const uint32_t* const from = row + rest * lane / 4;
@@ -123,6 +121,11 @@ __device__ __forceinline__ void spread(uint32_t bytes, uint32_t (*codes)[kLanes]
     row[lane] = word;
   }
   asm volatile("" ::: "memory");  // loads by load_shared stay behind it
+}
+__device__ __forceinline__ void spread(uint32_t bytes, uint32_t (*codes)[kLanes], int lane) {
+  wait();
+  __syncwarp();
+  spread_rest(bytes, codes, lane);
 }
 
 // The operands of a tile's fragments, one after the other: use(fragment, a, selectors of the two groups). The lane 4 g + t gets

@@ -41,6 +41,12 @@ def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> No
         x, parts = 32 * f * plan.kernel_rows * plan.slice, 64 * plan.kernel_rows * plan.warps * (plan.groups > 1)
         assert plan.parts_at in (0, x) and max(x, plan.parts_at + parts) <= plan.shared
         assert plan.warps * tiled_gpu.code_bytes(f) + plan.shared <= room
+        wide = tiled_gpu.plan_wide(rows, columns, f, batch, processors, room)
+        assert (wide is None) == (room < 100_000)
+        if wide:
+            assert batch <= wide.kernel_rows and wide.warps in (4, 8, 12, 16) and 1 <= wide.splits <= across
+            assert wide.blocks <= processors and wide.blocks % wide.splits == 0 and wide.blocks // wide.splits <= -(-down // 4)
+            assert wide.warps * tiled_gpu.code_bytes(f) + wide.shared <= room
 
 
 def test_x_that_fits_nowhere() -> None:
@@ -58,7 +64,7 @@ def test_warps_that_leave_none_idle() -> None:
 class Recorder:
     """Stands for the kernels of a GPU: keeps what would be launched."""
 
-    overlap, room = True, 197_000
+    overlap, wide, room = True, False, 197_000
     device = SimpleNamespace(processors=132)
 
     def __init__(self) -> None:
@@ -90,6 +96,13 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         if batch > 1:
             _, asked, splits, *_ = tiled_gpu.SPREAD.unpack(others[3])
             assert asked == batch and splits > 1 and recorder.launched[1][0] == "tiled_add_up"
+    recorder.wide = True  # as on compute capability 9.0
+    for batch, names in {8: ["tiled_products_8"], 64: ["tiled_pack_64", "tiled_wide_64", "tiled_add_up"]}.items():
+        recorder.launched.clear()
+        tiled_gpu.linear(torch.randn(batch, 8192).bfloat16(), *place, bias)
+        assert [name for name, *_ in recorder.launched] == names
+    packed, turned, _, asked, splits = tiled_gpu.WIDE_SPREAD.unpack(recorder.launched[1][-1])
+    assert asked == 64 and splits > 1 and turned - packed == 64 * 8192 * 2
     out = torch.empty(80, 8192).bfloat16()
     tiled_gpu.decompress(weight.arrays, weight.uppers, out)
     assert recorder.launched[-1][0] == "tiled_decompress" and recorder.launched[-1][-1] == out.data_ptr()
@@ -171,7 +184,7 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deep" / "table.json").unlink()
     dispatch._table.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert dispatch.choose(weight, OnGpu(), ways) == "decompress"  # type: ignore[arg-type]
+    assert dispatch.choose(weight, OnGpu(), ways) == "fused"  # type: ignore[arg-type]
     dispatch._table.cache_clear()
 
 

@@ -96,7 +96,7 @@ def test_distributions(std: float, symbols: int) -> None:
     p = generator.dirichlet(np.full(symbols, 0.3))
     n = 50_021
     flat = patterns(generator.choice(exponents, n, p=p) << 7 | generator.integers(0, 128, n))
-    for weights in (flat, normal(n, std)):
+    for weights in (flat, normal(n, std=std)):
         check(weights, FORMAT.encode_tensors([weights]))
 
 

@@ -1,0 +1,362 @@
+// The tiled layout on compute capability 9.0: y = x W^T + bias for 9 to 64 rows of x by wgmma, weights from registers.
+//
+//   nvcc -O3 -std=c++17 -arch=sm_90a -cubin -o tiled_wgmma.cubin tiled_wgmma.cu
+//
+// Four warps, a warpgroup, have four rows of tiles: the 64 rows of a wgmma. Each decodes its own as for mma.sync, four fragments at a
+// time, while those before are multiplied. x, which a kernel before this one has packed, is read from shared memory once for all four;
+// bulk copies bring it there, through a ring that all warps of a block go around together. Codes come by bulk copies too, low bytes
+// through a ring of each warp. Sums of several thread blocks are added by tiled_add_up.
+#include "tiled.cuh"
+
+namespace tiled {
+
+constexpr int kGroup = 4;      // warps
+constexpr int kWideWarps = 16;  // at most
+constexpr int kSlots = 8;      // of x, four fragments each
+constexpr int kAhead = kSlots - 2;
+constexpr int kChunks = 4;  // of a warp's low bytes and signs, four fragments each
+constexpr int kLow = 2 * kLanes * 16, kSigns = kLanes * 4;  // bytes of four fragments
+
+struct Wide {
+  const uint4* packed;     // x by tiled_pack
+  const uint16_t* turned;  // the same in columns
+  float* partial;          // float [splits, batch, rows], where splits > 1
+  int32_t batch, splits;
+};
+
+struct Barriers {  // mbarriers, in the place of Shared::sums
+  uint64_t full[kSlots], empty[kSlots], codes[kWideWarps];
+};
+static_assert(sizeof(Barriers) <= sizeof(Shared::sums));
+
+__device__ __forceinline__ void init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void copy(uint32_t barrier, uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+               "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void copy4(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ uint4 load_four(uint32_t at) {
+  uint4 out;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "r"(at));
+  return out;
+}
+__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred arrived;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 arrived, [%0], %1;\n"
+      "@!arrived bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void hide(uint32_t& value) { asm volatile("" : "+r"(value)); }  // kept in a register, not computed again
+
+// The other operand: K-major, no swizzle; 8 rows x 16 bytes are 128 bytes in one piece, the second half of k behind the first, the
+// next eight rows 256 bytes on.
+__device__ __forceinline__ uint32_t descriptor(uint32_t at) { return (at >> 4 & 0x3FFF) | 128 >> 4 << 16; }
+__device__ __forceinline__ uint64_t descriptor_at(uint32_t low) {
+  uint64_t out;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(out) : "r"(low), "r"(256 >> 4));
+  return out;
+}
+
+template <int kEights>
+__device__ __forceinline__ void wgmma(float (&c)[kEights][4], const uint32_t (&a)[4], uint64_t b);
+
+template <>
+__device__ __forceinline__ void wgmma<8>(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "
+      "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+__device__ __forceinline__ void wgmma<2>(float (&c)[2][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+template <>
+__device__ __forceinline__ void wgmma<4>(float (&c)[4][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kLeft>
+__device__ __forceinline__ void wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory"); }
+
+// x as the other operand of all fragments, [across F][kEights][2][8] uint4: of sixteen columns the first and second of each four, then
+// the third and fourth, which is the order in which lanes have weights. And in columns, [across 16 F][8][kEights]. Zero beyond columns
+// and rows of x.
+template <int kEights>
+__device__ __forceinline__ void pack(const __nv_bfloat16* x, uint4* packed, uint16_t* turned, int batch, int columns, int fragments) {
+  constexpr int kRows = 8 * kEights;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, n = i % kRows, f = i / kRows;
+  wait_for_the_kernel_before();
+  if (f >= fragments) return;
+  uint2 fours[4];
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    const int column = 16 * f + 4 * k;
+    fours[k] = n < batch && column < columns ? *reinterpret_cast<const uint2*>(x + int64_t(n) * columns + column) : make_uint2(0, 0);
+  }
+  uint4* const to = packed + (int64_t(f) * kEights + n / 8) * 16 + n % 8;
+  to[0] = make_uint4(fours[0].x, fours[1].x, fours[2].x, fours[3].x);
+  to[8] = make_uint4(fours[0].y, fours[1].y, fours[2].y, fours[3].y);
+  uint16_t* const column = turned + int64_t(16 * f) * kRows + n % 8 * kEights + n / 8;
+#pragma unroll
+  for (int k = 0; k < 16; k++) column[k * kRows] = uint16_t((k & 2 ? fours[k / 4].y : fours[k / 4].x) >> 16 * (k & 1));
+}
+
+// y = x W^T + bias for up to 8 kEights rows of x. A thread block has some columns of tiles (of `splits` parts) of some fours of rows of
+// tiles, one for each warpgroup at a time, in rounds; x is gone through in each.
+template <int kEights>
+__device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y, const Wide& how) {
+  constexpr int kRows = 8 * kEights, kSlot = 4 * kRows * 32;  // bytes of x of four fragments
+  Shared& s = shared();
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
+  uint32_t(*const all_codes)[kLanes] = reinterpret_cast<uint32_t(*)[kLanes]>(&s + 1);
+  uint32_t(*const codes)[kLanes] = all_codes + warp * code_rows(m.fragments);
+  const uint32_t xs = address(all_codes + warps * code_rows(m.fragments));  // [kSlots][4][kEights][2][8] uint4
+  const uint32_t barriers = address(s.sums);
+  const int across = m.across(), quads = (m.down() + kGroup - 1) / kGroup, fours = m.fragments / 4;
+  const int abreast = warps / kGroup, member = warp / kGroup;
+  const int split = blockIdx.x % how.splits, block = blockIdx.x / how.splits, blocks = gridDim.x / how.splits;
+  const int left = across * split / how.splits, right = across * (split + 1) / how.splits;
+  const int top = int(int64_t(quads) * block / blocks), bottom = int(int64_t(quads) * (block + 1) / blocks);
+  const uint32_t each = (right - left) * fours, all = (bottom - top + abreast - 1) / abreast * each;  // slots of x that are gone through
+  const uint32_t full = barriers + offsetof(Barriers, full), empty = barriers + offsetof(Barriers, empty);
+  uint32_t arrived = barriers + offsetof(Barriers, codes) + 8 * warp;  // the codes of a tile
+  // A row of tiles beyond the last is the last once more, and not kept.
+  const auto first_tile = [&](int base) { return min(kGroup * (top + base + member) + warp % kGroup, m.down() - 1) * across + left; };
+  const auto bring = [&](int slice, uint32_t slot) {  // slice: of a round
+    copy(full + 8 * slot, xs + slot * kSlot, reinterpret_cast<const char*>(how.packed) + (int64_t(left) * fours + slice) * kSlot, kSlot);
+  };
+  // Low bytes and signs are brought some fours ahead, each lane's by itself.
+  uint32_t low = xs + kSlots * kSlot + warp * kChunks * kLow + 16 * lane;
+  uint32_t signs = xs + kSlots * kSlot + warps * kChunks * kLow + warp * kChunks * kSigns + 4 * lane;
+  uint32_t entries = address(s.table), lane_at = 4 * lane, own_codes = address(codes);
+  hide(low), hide(signs), hide(entries), hide(lane_at), hide(own_codes), hide(arrived);
+  int low_base = -abreast;
+  uint32_t low_left = 0;
+  const uint8_t* low_from = nullptr;
+  const uint32_t* signs_from = nullptr;
+  const auto refill = [&](uint32_t chunk) {
+    if (low_left == 0) {
+      low_base += abreast;
+      if (top + low_base + member < bottom) {
+        const int tile = first_tile(low_base);
+        low_from = m.low + int64_t(tile) * m.fragments * 256 + 16 * lane;
+        signs_from = m.sign + int64_t(tile) * m.fragments * 8 + lane;
+        low_left = each;
+      }
+    }
+    if (low_left > 0) {
+      copy16(low + chunk * kLow, low_from);
+      copy16(low + chunk * kLow + kLow / 2, low_from + kLow / 2);
+      copy4(signs + chunk * kSigns, signs_from);
+      low_from += kLow, signs_from += kLanes, low_left--;
+    }
+    commit();
+  };
+  const auto fetch_codes = [&](uint32_t first, uint32_t last) {
+    if (lane == 0) copy(arrived, own_codes, m.stream + int64_t(first) * kLanes, (last - first) * kLanes);
+  };
+  uint2 h0 = {}, h1 = {};
+  if (top + member < bottom) h0 = __ldg(m.tiles + first_tile(0)), h1 = __ldg(m.tiles + first_tile(0) + 1);
+  if (lane == 0) init(arrived, 1);
+  if (threadIdx.x < kSlots) init(full + 8 * threadIdx.x, 1), init(empty + 8 * threadIdx.x, warps);
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  load_table(m, s.table);
+  commit();
+  for (int i = 0; i < kChunks; i++) refill(i);
+  if (top + member < bottom) fetch_codes(h0.x, h1.x);
+  wait_but<kChunks>();
+  __syncthreads();
+  wait_for_the_kernel_before();
+  if (threadIdx.x == 0)
+    for (uint32_t i = 0; i < min(kAhead, all); i++) bring(i % each, i);
+  bool fine = true;
+  uint32_t n = 0, tiles_done = 0;  // n: slots of x that this warp has gone through
+  uint32_t duty = warp, slice = (warp + kAhead) % each;  // slots until it is this warp's turn to bring one, and which that will be
+  const auto release = [&] {
+    if (lane == 0 && n > 0) arrive(empty + 8 * ((n - 1) % kSlots));
+    if (duty-- == 0) {
+      duty = warps - 1;
+      const uint32_t at = n + kAhead;
+      if (lane == 0 && at < all) {
+        if (at >= kSlots) wait(empty + 8 * (at % kSlots), (at / kSlots - 1) & 1);
+        bring(slice, at % kSlots);
+      }
+      slice += warps;
+      while (slice >= each) slice -= each;
+      __syncwarp();
+    }
+  };
+  for (int base = 0; base < bottom - top; base += abreast) {
+    if (top + base + member >= bottom) {
+      for (uint32_t i = 0; i < each; i++, n++) {
+        release();
+        wait(full + 8 * (n % kSlots), n / kSlots & 1);
+      }
+      break;
+    }
+    float c[kEights][4] = {};
+    const int tile = first_tile(base);
+    if (base > 0) {
+      h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
+      fetch_codes(h0.x, h1.x);
+    }
+    for (int column = left; column < right; column++) {
+      const bool more = column + 1 < right;
+      uint2 h2 = h1;
+      if (more) h2 = __ldg(m.tiles + tile + (column - left) + 2);
+      uint32_t patch = 0;
+      if (h0.y + lane < h1.y && lane < 16) patch = __ldg(m.patches + h0.y + lane);
+      wait(arrived, tiles_done++ & 1);
+      spread_rest(h1.x - h0.x, codes, lane);
+      if (more && lane == 0) prefetch(m.stream + int64_t(h1.x) * kLanes, (h2.x - h1.x) * kLanes);
+      uint32_t position = own_codes - 4 * kLanes + 4 * 30;
+#pragma unroll 1
+      for (int four = 0; four < fours; four++, n++) {
+        const uint32_t chunk = n % kChunks;
+        wait_but<kChunks - 1>();
+        const uint4 both[2] = {load_four(low + chunk * kLow), load_four(low + chunk * kLow + kLow / 2)};
+        const uint32_t sign = load_shared(signs + chunk * kSigns);
+        uint32_t found[4][2];
+#pragma unroll
+        for (int f = 0; f < 4; f++) {
+          const uint32_t at = (position & ~127u) | lane_at;
+          uint32_t window = __funnelshift_r(load_shared(at), load_shared<4 * kLanes>(at), position >> 2);
+          found[f][0] = load_shared((window & 0x3FFC) | entries);
+          window >>= found[f][0] >> 18;
+          found[f][1] = load_shared((window & 0x3FFC) | entries);
+          position += (found[f][0] + found[f][1]) >> 16;
+        }
+        wait_group<0>();
+        release();
+        uint32_t a[4][4];
+#pragma unroll
+        for (int f = 0; f < 4; f++) {
+          const uint32_t top = permute(m.uppers.x, m.uppers.y, found[f][0]) | ((sign << (2 * f)) & 0x80808080);
+          const uint32_t bottom = permute(m.uppers.x, m.uppers.y, found[f][1]) | ((sign << (2 * f + 1)) & 0x80808080);
+          const uint32_t low_top = f & 1 ? both[f / 2].z : both[f / 2].x, low_bottom = f & 1 ? both[f / 2].w : both[f / 2].y;
+          a[f][0] = permute(low_top, top, 0x5140), a[f][1] = permute(low_bottom, bottom, 0x5140);
+          a[f][2] = permute(low_top, top, 0x7362), a[f][3] = permute(low_bottom, bottom, 0x7362);
+        }
+        refill(chunk);
+        wait(full + 8 * (n % kSlots), n / kSlots & 1);
+        const uint32_t b = descriptor(xs) + n % kSlots * (kSlot >> 4);
+        fence();
+#pragma unroll
+        for (int f = 0; f < 4; f++) wgmma<kEights>(c, a[f], descriptor_at(b + f * kRows * 2));
+        commit_group();
+      }
+      __syncwarp();
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      if (more) fetch_codes(h1.x, h2.x);
+      wait_group<0>();
+      for (uint32_t k = h0.y; k < h1.y; k += 16) {
+        if (k != h0.y) patch = k + lane < h1.y && lane < 16 ? __ldg(m.patches + k + lane) : 0;
+        uint32_t of[4], upper[4], lower[4], rows[4][kEights / 2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          of[i] = __shfl_sync(~0u, patch, 4 * t + i);
+          upper[i] = int(of[i] >> 28) == g ? of[i] : 0;
+          lower[i] = int(of[i] >> 28) == g + 8 ? of[i] : 0;
+          const uint16_t* const row = how.turned + (int64_t(column) * m.width() + (of[i] >> 16 & 0xFFF)) * kRows + g * kEights;
+          if constexpr (kEights == 8) {
+            const uint4 all = __ldg(reinterpret_cast<const uint4*>(row));
+            rows[i][0] = all.x, rows[i][1] = all.y, rows[i][2] = all.z, rows[i][3] = all.w;
+          } else if constexpr (kEights == 4) {
+            const uint2 all = __ldg(reinterpret_cast<const uint2*>(row));
+            rows[i][0] = all.x, rows[i][1] = all.y;
+          } else {
+            rows[i][0] = __ldg(reinterpret_cast<const uint32_t*>(row));
+          }
+        }
+        const uint32_t a[4] = {permute(upper[0], upper[1], 0x5410), permute(lower[0], lower[1], 0x5410),
+                               permute(upper[2], upper[3], 0x5410), permute(lower[2], lower[3], 0x5410)};
+#pragma unroll
+        for (int j = 0; j < kEights; j++) {
+          constexpr uint32_t kHalves[] = {0x5410, 0x7632};
+          mma(c[j], a, make_uint2(permute(rows[0][j / 2], rows[1][j / 2], kHalves[j % 2]), permute(rows[2][j / 2], rows[3][j / 2], kHalves[j % 2])));
+        }
+      }
+      h0 = h1, h1 = h2;
+    }
+    const int row_of_tiles = kGroup * (top + base + member) + warp % kGroup;
+    if (row_of_tiles < m.down()) {
+      const int64_t stride = m.rows;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int row = row_of_tiles * kTileRows + g + 8 * half;
+        if (row >= stride) break;
+        const auto keep = [&](auto* to, auto convert) {
+          to += 2 * t * stride + row;
+#pragma unroll
+          for (int j = 0; j < kEights; j++, to += 8 * stride) {
+            if (8 * j + 2 * t < how.batch) to[0] = convert(c[j][2 * half]), fine &= isfinite(c[j][2 * half]);
+            if (8 * j + 2 * t + 1 < how.batch) to[stride] = convert(c[j][2 * half + 1]), fine &= isfinite(c[j][2 * half + 1]);
+          }
+        };
+        if (how.splits > 1) {
+          keep(how.partial + split * how.batch * stride, [](float sum) { return sum; });
+        } else {
+          const float more = bias ? __bfloat162float(bias[row]) : 0;
+          keep(y, [&](float sum) { return __float2bfloat16(bias ? sum + more : sum); });
+        }
+      }
+    }
+  }
+  if (!__syncthreads_or(!fine)) return;
+  careful(m, s, codes, x, how.batch, kGroup * top, min(kGroup * bottom, m.down()), left, right, [=, &m, &how](int row, int k, float sum) {
+    row += top * kGroup * kTileRows;
+    if (row >= m.rows || k >= how.batch) return;
+    if (how.splits > 1)
+      how.partial[(int64_t(split) * how.batch + k) * m.rows + row] = sum;
+    else
+      y[int64_t(k) * m.rows + row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
+  });
+}
+
+}  // namespace tiled
+
+extern "C" __constant__ const int tiled_shared = tiled::kPadding + int(sizeof(tiled::Shared));
+
+#define TILED_WIDE(rows)                                                                                                       \
+  extern "C" __global__ void __launch_bounds__(tiled::kWideWarps* tiled::kLanes, 1)                                            \
+  tiled_wide_##rows(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias,                \
+                    __nv_bfloat16* y, const __grid_constant__ tiled::Wide how) {                                               \
+    tiled::wide<rows / 8>(m, x, bias, y, how);                                                                                 \
+  }                                                                                                                            \
+  extern "C" __global__ void tiled_pack_##rows(const __nv_bfloat16* x, uint4* packed, uint16_t* turned,                        \
+                                               const __grid_constant__ int3 how) {                                             \
+    tiled::pack<rows / 8>(x, packed, turned, how.x, how.y, how.z);                                                             \
+  }
+TILED_WIDE(16)
+TILED_WIDE(32)
+TILED_WIDE(64)
