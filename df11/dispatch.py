@@ -23,6 +23,7 @@ from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
 
 REPEATS = 5
 FLUSHES = 10  # some 0.8 ms
+MOST_SLICED = 128  # rows of x; with more the products of slices were up to a quarter slower than those of all weights
 BUCKETS = (1, *tiled_gpu.PRODUCTS, 128, 512, 2048)  # rows of x that are timed; more are as the last
 NOT_MEASURED = 0.0  # seconds of the only way; not kept in the file
 Table = dict[str, dict[str, float]]
@@ -87,7 +88,8 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
         fuses = fuses and tiled_gpu.fits(*weight.shape, weight.fragments, batch, x.device.index)
         if torch.cuda.is_current_stream_capturing():
             return "fused" if fuses else "decompress"
-        possible = {name: way for name, way in ways.items() if name != "fused" or fuses}
+        allowed = {"fused": fuses, "sliced": batch <= MOST_SLICED}
+        possible = {name: way for name, way in ways.items() if allowed.get(name, True)}
         try:
             table[key] = {name: _seconds(way, x.device) for name, way in possible.items()}
         except torch.OutOfMemoryError:  # to measure takes room for all weights decompressed

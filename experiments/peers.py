@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,12 +25,14 @@ def _glyd(model: nn.Module) -> nn.Module:
 def _nwc(model: nn.Module) -> nn.Module:
     import nwc
 
-    return nwc.convert(model) or model
+    nwc.convert(model)
+    return model
 
 
-PEERS: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {  # codec: the package, and what compresses a model in place
-    "glyd_mma12": ("glyd", _glyd),
-    "nwc": ("nwc", _nwc),
+# codec: the package, what compresses a model in place, and the most rows of x that it multiplies without decompressing the weights
+PEERS: dict[str, tuple[str, Callable[[nn.Module], nn.Module], float]] = {
+    "glyd_mma12": ("glyd", _glyd, math.inf),
+    "nwc": ("nwc", _nwc, 1),
 }
 
 
@@ -57,8 +60,8 @@ def _allocated(weights: torch.Tensor) -> int:
 def pack(weights: torch.Tensor, x: torch.Tensor, count: int) -> dict[str, Peer]:
     """The peers that are installed and compute these products: one that fails, or is far from right, is told and left out."""
     found = {}
-    for codec, (package, _) in PEERS.items():
-        if importlib.util.find_spec(package) is None:
+    for codec, (package, _, most_rows) in PEERS.items():
+        if len(x) > most_rows or importlib.util.find_spec(package) is None:
             continue
         try:
             with torch.no_grad():

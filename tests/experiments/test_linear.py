@@ -76,7 +76,8 @@ def test_peers_are_measured_where_they_are_installed(
         model[0].weight = torch.nn.Parameter(model[0].weight * 2)  # type: ignore[index]
         return model
 
-    known = {"right": ("json", lambda model: model), "wrong": ("json", wrong), "absent": ("no_such_package", wrong)}
+    known = {"right": ("json", lambda model: model, 1), "wrong": ("json", wrong, 1), "absent": ("no_such_package", wrong, 1)}
+    known["for no row"] = ("json", wrong, 0)
     monkeypatch.setattr(peers, "PEERS", known)
     sizes = iter(range(0, 1_000_000, 1000))
     monkeypatch.setattr(peers, "_allocated", lambda weights: next(sizes))
@@ -85,7 +86,8 @@ def test_peers_are_measured_where_they_are_installed(
     right = rows[rows["codec"] == "right"]
     assert set(right["metric"]) == {"bits_per_weight", "us", "speedup_vs_cublas", "share_of_ceiling"}
     assert right.loc[right["metric"] == "bits_per_weight", "value"].item() == 8 * 1000 / (256 * 512)
-    assert "wrong: no rows of 256 x 512: its product" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "wrong: no rows of 256 x 512: its product" in told and "for no row" not in told
 
 
 def test_the_error_of_fused_products(tiled: tuple[torch.Tensor, TiledWeight], monkeypatch: pytest.MonkeyPatch) -> None:
