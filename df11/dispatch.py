@@ -23,6 +23,7 @@ from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
 
 REPEATS = 5
 FLUSHES = 10  # some 0.8 ms
+MOST_FUSED = 2 * MOST_ROWS  # rows of x
 MOST_SLICED = 128  # rows of x; with more the products of slices were up to a quarter slower than those of all weights
 BUCKETS = (1, *tiled_gpu.PRODUCTS, 128, 512, 2048)  # rows of x that are timed; more are as the last
 NOT_MEASURED = 0.0  # seconds of the only way; not kept in the file
@@ -40,7 +41,7 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
         y: torch.Tensor = torch.ops.df11.linear(x, weight.arrays, weight.uppers, *weight.shape, bias)
         return y
     ways: Ways = {
-        "fused": lambda: weight.linear(x, bias),
+        "fused": lambda: fused(weight, x, bias),
         "decompress": lambda: dense_linear(x, weight.decompress(), bias),
         "sliced": lambda: sliced(weight, x, bias, slice_rows(weight, x.device)),
     }
@@ -52,6 +53,14 @@ def _linear(
     x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     return linear(TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers), x, bias)
+
+
+def fused(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + bias, W never in memory; more than MOST_ROWS rows of x in parts, each of which reads the compressed weights."""
+    if x.numel() <= MOST_ROWS * weight.shape[1]:
+        return weight.linear(x, bias)
+    parts = x.reshape(-1, weight.shape[1]).split(MOST_ROWS)
+    return torch.cat([weight.linear(part, bias) for part in parts]).view(*x.shape[:-1], weight.shape[0])
 
 
 def sliced(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
@@ -84,8 +93,8 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     bucket = min((size for size in BUCKETS if size >= batch), default=BUCKETS[-1])
     table, key = _table(path(x.device.index)), f"{weight.shape[0]} x {weight.shape[1]}, {bucket}"
     if key not in table:
-        fuses = batch <= MOST_ROWS and (batch == 1 or weight.shape[1] % 4 == 0)
-        fuses = fuses and tiled_gpu.fits(*weight.shape, weight.fragments, batch, x.device.index)
+        fuses = batch <= MOST_FUSED and (batch == 1 or weight.shape[1] % 4 == 0)
+        fuses = fuses and tiled_gpu.fits(*weight.shape, weight.fragments, min(batch, MOST_ROWS), x.device.index)
         if torch.cuda.is_current_stream_capturing():
             return "fused" if fuses else "decompress"
         allowed = {"fused": fuses, "sliced": batch <= MOST_SLICED}

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from df11 import dispatch
-from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
+from df11.tiled_ops import ARRAYS, TiledWeight
 from experiments import budget, peers
 from experiments.config import Config
 from experiments.harness import timing
@@ -87,7 +87,7 @@ def measure(cfg: Config, rows: int, columns: int, batch_size: int) -> Iterator[d
         yield {"codec": "tiled", "metric": "bits_per_weight", "value": bits, "unit": "bits"}
         if not same(tiled.decompress(out), weights):
             raise ValueError(f"the {rows} x {columns} weights do not come back bit for bit")
-        if batch_size <= MOST_ROWS:
+        if batch_size <= dispatch.MOST_FUSED:
             xs = torch.stack([normal(cfg, 1 + draw, batch_size, columns) for draw in range(-(-DRAWS // batch_size))])
             error = fused_error(tiled, weights, xs, baselines[0])
             if error > MOST_ERROR:
@@ -110,8 +110,8 @@ def measure(cfg: Config, rows: int, columns: int, batch_size: int) -> Iterator[d
         works["tiled", "sliced", "exact"] = lambda i: dispatch.sliced(packed[i], x, None, dispatch.slice_rows(tiled, x.device))
         works["tiled", "dispatch", "fused"] = lambda i: dispatch.linear(packed[i], x)
         dispatch.linear(tiled, x)  # measures where its table lacks the shape
-        if batch_size <= MOST_ROWS:
-            works["tiled", kernel, "fused"] = lambda i: packed[i].linear(x)
+        if batch_size <= dispatch.MOST_FUSED:
+            works["tiled", kernel, "fused"] = lambda i: dispatch.fused(packed[i], x)
         moved |= dict.fromkeys(works.keys() - moved.keys(), tiled.nbytes + vectors) | {alone: tiled.nbytes + weights.nbytes}
     for codec, peer in peers.pack(weights, x, count).items():
         works[codec, codec, "fused"] = partial(peer, x=x)
@@ -179,7 +179,7 @@ def preferred(kernel: str) -> Iterator[None]:
 
 def fused_error(tiled: TiledWeight, weights: torch.Tensor, xs: torch.Tensor, library: str) -> float:
     """RMS error of fused products of xs [draws, batch, columns], as a part of the library's. ValueError where two runs differ."""
-    fused, again = (torch.cat([tiled.linear(x) for x in xs]) for _ in range(2))
+    fused, again = (torch.cat([dispatch.fused(tiled, x) for x in xs]) for _ in range(2))
     if not same(fused, again):
         raise ValueError(f"two fused products of a {tiled.shape[0]} x {tiled.shape[1]} matrix differ")
     with preferred(library):

@@ -151,6 +151,9 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         y, expected = dispatch.linear(weight, x), torch.nn.functional.linear(x, weights)
         assert torch.equal(y, expected) if rows > 1 else (y.float() - expected.float()).norm() < 0.01 * expected.float().norm()
     assert dispatch.linear(weight, torch.empty(0, 512).bfloat16()).shape == (0, 256)
+    x = torch.randn(2, 65, 512).bfloat16()
+    parts = [weight.linear(part) for part in x.flatten(0, 1).split((64, 64, 2))]
+    assert torch.equal(dispatch.fused(weight, x).flatten(0, 1), torch.cat(parts))
 
     # In slices, the last one smaller, of which none begins a tile's bytes at 0.
     bias = torch.randn(200).bfloat16()

@@ -169,6 +169,8 @@ def test_products_in_slices(shape: tuple[int, int]) -> None:
         wanted = linear(x, weights.nan_to_num(0, 0, 0), bias).float()
         for rows in (16, 144, 1008):
             assert (dispatch.sliced(weight, x, bias, rows).float() - wanted).norm() < 0.01 * wanted.norm()
+    wanted = linear(x, weights.nan_to_num(0, 0, 0), bias)[:100].float()
+    assert (dispatch.fused(weight, x[:100], bias).float() - wanted).norm() < 0.01 * wanted.norm()
     assert same_bits(dispatch.linear(weight, x, bias), dispatch.linear(weight, x, bias))
 
 

@@ -109,7 +109,7 @@ def test_wrong_bits_and_products_that_differ_are_errors(
     weights, weight = tiled
     calls: list[torch.Tensor] = []
 
-    def unsteady(self: TiledWeight, x: torch.Tensor) -> torch.Tensor:
+    def unsteady(self: TiledWeight, x: torch.Tensor, bias: None) -> torch.Tensor:
         calls.append(x)
         return product(x, weights) + len(calls)
 
