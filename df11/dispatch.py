@@ -90,8 +90,7 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     batch = x.numel() // weight.shape[1]
     if not x.is_cuda or batch == 0:
         return "fused" if batch == 1 else "decompress"
-    bucket = min((size for size in BUCKETS if size >= batch), default=BUCKETS[-1])
-    table, key = _table(path(x.device.index)), f"{weight.shape[0]} x {weight.shape[1]}, {bucket}"
+    table, key = _table(path(x.device.index)), _key(weight.shape, batch)
     if key not in table:
         fuses = batch <= MOST_FUSED and (batch == 1 or weight.shape[1] % 4 == 0)
         fuses = fuses and tiled_gpu.fits(*weight.shape, weight.fragments, min(batch, MOST_ROWS), x.device.index)
@@ -105,6 +104,12 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
             table[key] = {"fused" if fuses else "sliced": NOT_MEASURED}
         _save(path(x.device.index))
     return min(table[key], key=table[key].__getitem__)
+
+
+@functools.lru_cache(1024)
+def _key(shape: tuple[int, int], batch: int) -> str:
+    bucket = min((size for size in BUCKETS if size >= batch), default=BUCKETS[-1])
+    return f"{shape[0]} x {shape[1]}, {bucket}"
 
 
 def path(index: int) -> Path:

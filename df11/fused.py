@@ -32,14 +32,25 @@ class Stored(nn.Module):
     def __init__(self, weight: TiledWeight) -> None:
         super().__init__()
         self.shape, self.uppers = weight.shape, weight.uppers
+        self._weight: TiledWeight | None = None
         for name in ARRAYS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
 
     def _save_to_state_dict(self, *given: Any, **named: Any) -> None:
         raise CompressedModelError("the tiled layout is not stored: save the model of mode=exact, before fuse_")
 
+    def _apply(self, *given: Any, **named: Any) -> nn.Module:
+        self._weight = None  # or what the module leaves behind would stay in memory
+        moved: nn.Module = super()._apply(*given, **named)  # type: ignore[no-untyped-call]
+        return moved
+
     def get(self) -> TiledWeight:
-        return TiledWeight(self.shape, **{name: self.get_buffer(name) for name in ARRAYS}, uppers=self.uppers)
+        kept = None if torch.compiler.is_compiling() else self._weight
+        if kept is None or kept.low is not self.low:
+            kept = TiledWeight(self.shape, **{name: self.get_buffer(name) for name in ARRAYS}, uppers=self.uppers)
+            if not torch.compiler.is_compiling():
+                self._weight = kept
+        return kept
 
 
 class FusedLinear(nn.Module):
@@ -67,7 +78,7 @@ class FusedLinear(nn.Module):
         # Of a model on several GPUs accelerate's hooks brought inputs here; they went with the layer that this one replaces.
         x = x.to(weight.low.device, torch.bfloat16)  # another dtype is autocast's
         y = dispatch.linear(weight, x, self.bias)
-        return list(y.split(self.sizes, -1))  # type: ignore[no-untyped-call]
+        return list(y.split(self.sizes, -1)) if len(self.sizes) > 1 else [y]  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> torch.Tensor:

@@ -204,6 +204,23 @@ def test_copies_have_weights_of_their_own_and_nothing_is_kept_twice() -> None:
 
 
 @torch.inference_mode()
+def test_a_layer_that_moves_leaves_nothing_behind() -> None:
+    model = nn.Sequential(nn.Linear(512, 64, bias=False)).bfloat16().eval()
+    fuse_(model)
+    x = torch.randn(1, 512).bfloat16()
+    stored = model[0].stored
+    assert stored.get() is stored.get()
+    before, kept = model(x), weakref.ref(stored.low)
+    model.double()  # the arrays are of integers, which this leaves as they are
+    assert stored.get().low is stored.low
+    stored.low = stored.low.clone()  # as accelerate does
+    assert stored.get().low is stored.low and kept() is None and same_bits(model(x), before)
+    kept = weakref.ref(stored.low)
+    model.to("meta")
+    assert kept() is None and stored.get().low.is_meta
+
+
+@torch.inference_mode()
 def test_a_layer_in_two_places_is_one_afterwards_too() -> None:
     torch.manual_seed(0)
     layer, embedding = nn.Linear(256, 256).bfloat16(), nn.Embedding(300, 256).bfloat16()
