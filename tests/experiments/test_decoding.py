@@ -26,8 +26,10 @@ def test_a_model_made_compressed_decodes_as_the_original(tied: bool) -> None:
     runtime.attach(model)
     ids = Decoder(original, 2, 20).tokens(IDS, 8)
     assert torch.equal(Decoder(model, 2, 20).tokens(IDS, 8), ids)
+    # transformers' generate has another cache, so sums in another order: in bf16 some processors' would decide for other ids.
+    original.float()
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(IDS)}
-    assert torch.equal(original.generate(IDS, **settings)[:, IDS.shape[1] :], ids)
+    assert torch.equal(original.generate(IDS, **settings)[:, IDS.shape[1] :], Decoder(original, 2, 20).tokens(IDS, 8))
 
 
 def test_a_second_prefill_starts_anew() -> None:
