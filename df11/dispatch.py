@@ -1,13 +1,15 @@
 """Which way a linear layer in the tiled layout is computed, by a table measured once: fused, or decompressed and then by cuBLAS,
 all at once or in slices that stay in the L2 cache.
 
-The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash of the kernels>.json`: "rows x columns, rows of x" to the
-seconds of each way. $DF11_DISPATCH names another file: its entries count as they are, and what it lacks is added to it.
+The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash>.json` (of the kernels, and of what decides how they are
+launched): "rows x columns, rows of x" to the seconds of each way. $DF11_DISPATCH names another file: its entries count as they are,
+and what it lacks is added to it.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import statistics
@@ -24,8 +26,9 @@ from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
 REPEATS = 5
 FLUSHES = 10  # some 0.8 ms
 MOST_FUSED = 2 * MOST_ROWS  # rows of x
-MOST_SLICED = 128  # rows of x; with more the products of slices were up to a quarter slower than those of all weights
-BUCKETS = (1, *tiled_gpu.PRODUCTS, 128, 512, 2048)  # rows of x that are timed; more are as the last
+MOST_SLICED = 128  # rows of x; with more the products of slices were up to a third slower than those of all weights
+# Rows of x that are timed, more are as the last. Beyond MOST_ROWS it matters how many are left for the second product.
+BUCKETS = (1, *tiled_gpu.PRODUCTS, *(MOST_ROWS + size for size in tiled_gpu.PRODUCTS), 512, 2048)
 NOT_MEASURED = 0.0  # seconds of the only way; not kept in the file
 Table = dict[str, dict[str, float]]
 Ways = dict[str, Callable[[], torch.Tensor]]
@@ -35,7 +38,7 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
     """x W^T + bias, bf16 [..., rows], the fastest way.
 
     Numbers of rows of x up to the same of BUCKETS share an entry of the table. One that it lacks is timed here, but not while a
-    CUDA graph is captured: then as many rows as can be are taken to be faster fused, and others decompressed at once.
+    CUDA graph is captured: then up to MOST_ROWS are taken to be faster fused, and others decompressed at once.
     """
     if torch.compiler.is_compiling():  # what is chosen when is no business of the compiler's
         y: torch.Tensor = torch.ops.df11.linear(x, weight.arrays, weight.uppers, *weight.shape, bias)
@@ -95,7 +98,7 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
         fuses = batch <= MOST_FUSED and (batch == 1 or weight.shape[1] % 4 == 0)
         fuses = fuses and tiled_gpu.fits(*weight.shape, weight.fragments, min(batch, MOST_ROWS), x.device.index)
         if torch.cuda.is_current_stream_capturing():
-            return "fused" if fuses else "decompress"
+            return "fused" if fuses and batch <= MOST_ROWS else "decompress"
         allowed = {"fused": fuses, "sliced": batch <= MOST_SLICED}
         possible = {name: way for name, way in ways.items() if allowed.get(name, True)}
         try:
@@ -121,8 +124,10 @@ def path(index: int) -> Path:
 @functools.cache
 def _default_path(index: int) -> Path:
     properties = torch.cuda.get_device_properties(index)
-    version = gpu.digest("tiled", f"sm_{properties.major}{properties.minor}")
-    return default_cache() / "dispatch" / f"{properties.name.replace(' ', '-')}-{version}.json"
+    version = hashlib.sha256(gpu.digest("tiled", f"sm_{properties.major}{properties.minor}").encode())
+    for module in (__file__, tiled_gpu.__file__):
+        version.update(Path(module).read_bytes())
+    return default_cache() / "dispatch" / f"{properties.name.replace(' ', '-')}-{version.hexdigest()[:16]}.json"
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """mode=fused: products that read compressed weights and never write them to memory.
 
 `fuse_` turns the linear layers and embeddings of a model, compressed or not, into the tiled layout where they are. For few rows of
-activations a product is one kernel; for more the layer decompresses its weights and calls the same product as ever, whichever was
-measured to be faster (df11/dispatch.py). The weights keep every bit; sums are made in another order than cuBLAS's, so logits may
-differ in their last bits from those of mode=exact.
+activations a product is one to three kernels; for more the layer decompresses its weights and calls the same product as ever,
+whichever was measured to be faster (df11/dispatch.py). The weights keep every bit; sums are made in another order than cuBLAS's, so
+logits may differ in their last bits from those of mode=exact.
 """
 
 from __future__ import annotations

@@ -203,10 +203,16 @@ def fits(rows: int, columns: int, fragments: int, batch: int, index: int) -> boo
         if batch == 1:
             plan(rows, columns, fragments, *place)
         else:
-            plan_rows(rows, columns, fragments, batch, *place)
+            _plan_several(kernels, rows, columns, fragments, batch)
     except ValueError:
         return False
     return True
+
+
+def _plan_several(kernels: _Kernels, rows: int, columns: int, fragments: int, batch: int) -> Plan | WidePlan:
+    shape, place = (rows, columns, fragments, batch), (kernels.device.processors, kernels.room)
+    wide = plan_wide(*shape, *place) if kernels.wide and batch > min(PRODUCTS) else None
+    return wide or plan_rows(*shape, *place)
 
 
 def _pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> tuple[bytes, int]:
@@ -252,14 +258,12 @@ def linear(
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
     bias_at = 0 if bias is None else bias.data_ptr()
     arguments = (matrix, x.data_ptr(), bias_at, y.data_ptr())
-    place = kernels.device.processors, kernels.room
     if batch == 1:
-        blocks, warps = plan(rows, columns, fragments, *place)
+        blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room)
         padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
         kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
         return y
-    wide = plan_wide(rows, columns, fragments, batch, *place) if kernels.wide and batch > min(PRODUCTS) else None
-    how = wide or plan_rows(rows, columns, fragments, batch, *place)
+    how = _plan_several(kernels, rows, columns, fragments, batch)
     partial = torch.empty(how.splits * batch * rows if how.splits > 1 else 0, dtype=torch.float32, device=x.device)
     if isinstance(how, WidePlan):
         count = fragments * -(-columns // (16 * fragments))

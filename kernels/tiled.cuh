@@ -186,8 +186,8 @@ __device__ __forceinline__ void wait_for_the_kernel_before() {
 #endif
 }
 
-// Rows of tiles [top, bottom) times columns of tiles [left, right) where x has an Inf or a NaN, which must not meet the +0.0 that
-// stands for an escaped weight or that fills up an operand: products and sums are made one by one. Slow.
+// Rows of tiles [top, bottom) times columns of tiles [left, right) where x has (or, in tiled_wide, sums have) an Inf or a NaN. One of x
+// must not meet the +0.0 that stands for an escaped weight or that fills up an operand: products and sums are made one by one. Slow.
 template <class Put>
 __device__ __noinline__ void careful(const Matrix& m, Shared& s, uint32_t (*codes)[kLanes], const __nv_bfloat16* x, int batch, int top,
                                      int bottom, int left, int right, Put put) {

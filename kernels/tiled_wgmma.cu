@@ -287,15 +287,16 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
           of[i] = __shfl_sync(~0u, patch, 4 * t + i);
           upper[i] = int(of[i] >> 28) == g ? of[i] : 0;
           lower[i] = int(of[i] >> 28) == g + 8 ? of[i] : 0;
+          // Not by __ldg: tiled_pack may have written it while this kernel ran already.
           const uint16_t* const row = how.turned + (int64_t(column) * m.width() + (of[i] >> 16 & 0xFFF)) * kRows + g * kEights;
           if constexpr (kEights == 8) {
-            const uint4 all = __ldg(reinterpret_cast<const uint4*>(row));
+            const uint4 all = *reinterpret_cast<const uint4*>(row);
             rows[i][0] = all.x, rows[i][1] = all.y, rows[i][2] = all.z, rows[i][3] = all.w;
           } else if constexpr (kEights == 4) {
-            const uint2 all = __ldg(reinterpret_cast<const uint2*>(row));
+            const uint2 all = *reinterpret_cast<const uint2*>(row);
             rows[i][0] = all.x, rows[i][1] = all.y;
           } else {
-            rows[i][0] = __ldg(reinterpret_cast<const uint32_t*>(row));
+            rows[i][0] = *reinterpret_cast<const uint32_t*>(row);
           }
         }
         const uint32_t a[4] = {permute(upper[0], upper[1], 0x5410), permute(lower[0], lower[1], 0x5410),
@@ -345,8 +346,8 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
 
 }  // namespace tiled
 
-extern "C" __constant__ const int tiled_shared = tiled::kPadding + int(sizeof(tiled::Shared));
-
+// Launch with 128 threads for each of up to kWideWarps / 4 warpgroups. Dynamic shared memory: tiled_shared of tiled.cu, 128 code_rows(F)
+// for each warp, kSlots kSlot and for each warp kChunks (kLow + kSigns).
 #define TILED_WIDE(rows)                                                                                                       \
   extern "C" __global__ void __launch_bounds__(tiled::kWideWarps* tiled::kLanes, 1)                                            \
   tiled_wide_##rows(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias,                \

@@ -1,6 +1,9 @@
 """How products of the tiled layout would be launched, and which way is chosen: without a GPU."""
 
 import json
+import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from df11 import dispatch, tiled_gpu
+from df11 import dispatch, gpu, tiled_gpu
 from df11.formats.tiled import tile_fragments
 from df11.tiled_ops import TiledWeight
 
-ROOM = {"H100": (132, 197_000), "A100": (108, 131_000)}  # multiprocessors, bytes of shared memory for codes and x
+ROOM = {"H100": (132, 196_608), "A100": (108, 131_000), "small": (20, 64_000)}  # multiprocessors, shared memory for codes and x
 SHAPES = [
     (28672, 4096),
     (4096, 14336),
@@ -34,6 +37,16 @@ def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> No
     f = tile_fragments(columns)
     across, down = -(-columns // (16 * f)), -(-rows // 16)
     for batch in (2, 8, 9, 16, 17, 32, 33, 64):
+        wide = tiled_gpu.plan_wide(rows, columns, f, batch, processors, room)
+        least = 8 * 128 * min(size for size in tiled_gpu.WIDE if size >= batch) + 4 * (4 * 1152 + tiled_gpu.code_bytes(f))
+        assert (wide is None) == (least > room)
+        if wide:
+            assert batch <= wide.kernel_rows and wide.warps in (4, 8, 12, 16) and 1 <= wide.splits <= across
+            assert wide.blocks <= processors and wide.blocks % wide.splits == 0 and wide.blocks // wide.splits <= -(-down // 4)
+            rings = 8 * 128 * wide.kernel_rows + 4 * 1152 * wide.warps  # of x, of low bytes and signs
+            assert rings == wide.shared and wide.warps * tiled_gpu.code_bytes(f) + wide.shared <= room
+        if gpu == "small":
+            continue
         plan = tiled_gpu.plan_rows(rows, columns, f, batch, processors, room)
         assert batch <= plan.kernel_rows and 1 <= plan.groups <= plan.warps <= tiled_gpu.PRODUCTS[plan.kernel_rows][0]
         assert plan.blocks <= processors and plan.blocks % plan.splits == 0 and plan.blocks // plan.splits <= down
@@ -41,12 +54,26 @@ def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> No
         x, parts = 32 * f * plan.kernel_rows * plan.slice, 64 * plan.kernel_rows * plan.warps * (plan.groups > 1)
         assert plan.parts_at in (0, x) and max(x, plan.parts_at + parts) <= plan.shared
         assert plan.warps * tiled_gpu.code_bytes(f) + plan.shared <= room
-        wide = tiled_gpu.plan_wide(rows, columns, f, batch, processors, room)
-        assert (wide is None) == (room < 100_000)
-        if wide:
-            assert batch <= wide.kernel_rows and wide.warps in (4, 8, 12, 16) and 1 <= wide.splits <= across
-            assert wide.blocks <= processors and wide.blocks % wide.splits == 0 and wide.blocks // wide.splits <= -(-down // 4)
-            assert wide.warps * tiled_gpu.code_bytes(f) + wide.shared <= room
+
+
+def test_constants_of_the_kernels() -> None:
+    sources = "".join((gpu.SOURCES / name).read_text() for name in ("tiled.cuh", "tiled.cu", "tiled_wgmma.cu"))
+    constants = {name: int(value) for name, value in re.findall(r"\b(k[A-Z]\w+) = (\d+)[;,]", sources)}
+    low, signs = 2 * constants["kLanes"] * 16, 4 * constants["kLanes"]
+    assert "kLow = 2 * kLanes * 16, kSigns = kLanes * 4;" in sources
+    assert (constants["kSlots"], constants["kChunks"], low + signs) == (tiled_gpu.SLOTS, tiled_gpu.CHUNKS, tiled_gpu.CHUNK_BYTES)
+    assert constants["kWideWarps"] == tiled_gpu.WARPGROUP * tiled_gpu.MOST_WARPGROUPS
+    assert constants["kMostSplits"] == tiled_gpu.MOST_SPLITS and constants["kMostWarps"] == tiled_gpu.MOST_WARPS
+    for name, sizes in {"PRODUCTS": tiled_gpu.PRODUCTS, "WIDE": tiled_gpu.WIDE}.items():
+        assert [int(size) for size in re.findall(rf"^TILED_{name}\((\d+)", sources, re.M)] == list(sizes)
+
+
+def test_an_entry_of_the_cache_for_each_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(gpu.SOURCES, tmp_path / "kernels")
+    monkeypatch.setattr(gpu, "SOURCES", tmp_path / "kernels")
+    before = gpu.digest("tiled", "sm_90")
+    (tmp_path / "kernels" / "tiled_wgmma.cu").write_text("// another")
+    assert gpu.digest("tiled", "sm_90") != before
 
 
 def test_x_that_fits_nowhere() -> None:
@@ -97,12 +124,22 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
             _, asked, splits, *_ = tiled_gpu.SPREAD.unpack(others[3])
             assert asked == batch and splits > 1 and recorder.launched[1][0] == "tiled_add_up"
     recorder.wide = True  # as on compute capability 9.0
-    for batch, names in {8: ["tiled_products_8"], 64: ["tiled_pack_64", "tiled_wide_64", "tiled_add_up"]}.items():
+    for batch, size in {8: 0, 9: 16, 16: 16, 17: 32, 33: 64, 64: 64}.items():
         recorder.launched.clear()
         tiled_gpu.linear(torch.randn(batch, 8192).bfloat16(), *place, bias)
-        assert [name for name, *_ in recorder.launched] == names
-    packed, turned, _, asked, splits = tiled_gpu.WIDE_SPREAD.unpack(recorder.launched[1][-1])
-    assert asked == 64 and splits > 1 and turned - packed == 64 * 8192 * 2
+        wide = [f"tiled_pack_{size}", f"tiled_wide_{size}", "tiled_add_up"]
+        assert [name for name, *_ in recorder.launched] == (wide if size else ["tiled_products_8"])
+    (_, blocks, threads, _, _, packed, turned, sizes), (_, *launched, matrix, _, _, _, spread), _ = recorder.launched
+    assert blocks * threads >= 64 * 512 and tiled_gpu.SIZES.unpack(sizes) == (64, 8192, 512)
+    how = tiled_gpu.plan_wide(80, 8192, 32, 64, 132, recorder.room)
+    assert how and launched == [how.blocks, how.warps, 32, how.shared]
+    assert (packed, turned) == tiled_gpu.WIDE_SPREAD.unpack(spread)[:2]
+    packed, turned, _, asked, splits = tiled_gpu.WIDE_SPREAD.unpack(spread)
+    assert asked == 64 and splits == how.splits > 1 and turned - packed == 64 * 8192 * 2
+    recorder.launched.clear()
+    recorder.room = 94_000  # less than the rings of 64 rows take, but enough for a tile of x
+    tiled_gpu.linear(torch.randn(64, 8192).bfloat16(), *place, bias)
+    assert recorder.launched[0][0] == "tiled_products_64"
     out = torch.empty(80, 8192).bfloat16()
     tiled_gpu.decompress(weight.arrays, weight.uppers, out)
     assert recorder.launched[-1][0] == "tiled_decompress" and recorder.launched[-1][-1] == out.data_ptr()
@@ -152,8 +189,9 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(y, expected) if rows > 1 else (y.float() - expected.float()).norm() < 0.01 * expected.float().norm()
     assert dispatch.linear(weight, torch.empty(0, 512).bfloat16()).shape == (0, 256)
     x = torch.randn(2, 65, 512).bfloat16()
-    parts = [weight.linear(part) for part in x.flatten(0, 1).split((64, 64, 2))]
-    assert torch.equal(dispatch.fused(weight, x).flatten(0, 1), torch.cat(parts))
+    for given in (None, torch.randn(256).bfloat16()):
+        parts = [weight.linear(part, given) for part in x.flatten(0, 1).split((64, 64, 2))]
+        assert torch.equal(dispatch.fused(weight, x, given).flatten(0, 1), torch.cat(parts))
 
     # In slices, the last one smaller, of which none begins a tile's bytes at 0.
     bias = torch.randn(200).bfloat16()
@@ -166,29 +204,52 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(part.part(48, 200).decompress(), weights[48:200])
 
     # A table as it would be for a GPU.
-    class OnGpu:
-        is_cuda, device, shape = True, torch.device("cuda", 0), (9, 512)
-
-        def numel(self) -> int:
-            return 9 * 512
-
     ways: dispatch.Ways = {"fused": lambda: torch.zeros(1), "decompress": lambda: torch.zeros(2)}
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "deep" / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, device: float(way().numel()))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     dispatch._table.cache_clear()
-    assert dispatch.choose(weight, OnGpu(), ways) == "fused"  # type: ignore[arg-type]
+    assert dispatch.choose(weight, OnGpu(9), ways) == "fused"  # type: ignore[arg-type]
     table = json.loads((tmp_path / "deep" / "table.json").read_text())
     assert table == {"256 x 512, 16": {"fused": 1.0, "decompress": 2.0}}
     (tmp_path / "deep" / "table.json").write_text(json.dumps({"256 x 512, 16": {"fused": 3.0, "decompress": 2.0}}))
     dispatch._table.cache_clear()
-    assert dispatch.choose(weight, OnGpu(), ways) == "decompress"  # type: ignore[arg-type]
+    assert dispatch.choose(weight, OnGpu(9), ways) == "decompress"  # type: ignore[arg-type]
     (tmp_path / "deep" / "table.json").unlink()
     dispatch._table.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert dispatch.choose(weight, OnGpu(), ways) == "fused"  # type: ignore[arg-type]
+    assert dispatch.choose(weight, OnGpu(9), ways) == "fused"  # type: ignore[arg-type]
     dispatch._table.cache_clear()
+
+
+class OnGpu:
+    """x, as choose looks at it."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, rows: int) -> None:
+        self.shape = (rows, 512)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 128, 129, 600, 5000])
+def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    weight, asked = SimpleNamespace(shape=(256, 512), fragments=32), []
+    monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
+    monkeypatch.setattr(dispatch, "_seconds", lambda way, device: way())
+    monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: asked.append(arguments) or True)
+    ways = {"fused": lambda: 1.0, "sliced": lambda: 2.0, "decompress": lambda: 3.0}
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        chosen = dispatch.choose(weight, OnGpu(rows), ways)  # type: ignore[arg-type]
+        assert chosen == ("fused" if rows <= (64 if capturing else 128) else "decompress")
+    assert asked == ([(256, 512, 32, min(rows, 64), 0)] * 2 if rows <= 128 else [])
+    ((key, times),) = json.loads((tmp_path / "table.json").read_text()).items()
+    size = {1: 1, 64: 64, 65: 72, 128: 128, 129: 512, 600: 2048, 5000: 2048}[rows]
+    assert key == f"256 x 512, {size}" and set(times) == ({"fused", "sliced", "decompress"} if rows <= 128 else {"decompress"})
 
 
 def test_a_table_of_several_processes(tmp_path: Path) -> None:

@@ -37,11 +37,12 @@ def encode(weights: torch.Tensor) -> TiledWeight:
     return weight
 
 
-def with_escapes(shape: tuple[int, int]) -> torch.Tensor:
-    """Every 37th weight of one row, a row of tiny weights, an Inf and a NaN."""
+def with_escapes(shape: tuple[int, int], finite: bool = False) -> torch.Tensor:
+    """Every 37th weight of one row, a row of tiny weights; unless all are to be finite, an Inf and a NaN."""
     weights = normal(*shape, seed=shape[1])
-    weights[shape[0] // 2, ::37] = 7.0
-    weights[3, 5], weights[5, 7], weights[9] = float("inf"), float("nan"), 1e-30
+    weights[shape[0] // 2, ::37], weights[9] = 7.0, 1e-30
+    if not finite:
+        weights[3, 5], weights[5, 7] = float("inf"), float("nan")
     return weights
 
 
@@ -73,10 +74,11 @@ def test_products(shape: tuple[int, int]) -> None:
     assert torch.equal(torch.isnan(y[0][~finite]), torch.isnan(exact[~finite]))
 
 
+@pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("batch", [2, 7, 8, 9, 16, 31, 64])
 @pytest.mark.parametrize("shape", [*SHAPES[:1], *SHAPES[2:], (20_000, 4096)], ids=str)
-def test_products_of_several_rows(shape: tuple[int, int], batch: int) -> None:
-    weights = with_escapes(shape)
+def test_products_of_several_rows(shape: tuple[int, int], batch: int, finite: bool) -> None:
+    weights = with_escapes(shape, finite)
     weight, bias = encode(weights), normal(shape[0], seed=1)
     x = normal(batch, shape[1], seed=2)
     y = weight.linear(x, bias)
@@ -108,9 +110,10 @@ def test_all_patterns() -> None:
     assert same_bits(weight.rows(torch.arange(2048, 2304, device="cuda")), everything)
 
 
+@pytest.mark.parametrize("more", [9, 20, 50])
 @pytest.mark.parametrize("columns", [300, 4096])
 @pytest.mark.parametrize("values", [["inf"], ["-inf", "inf"], ["nan"]])
-def test_activations_that_are_not_finite(columns: int, values: list[str]) -> None:
+def test_activations_that_are_not_finite(columns: int, values: list[str], more: int) -> None:
     """What float32 gives: they must not meet the zeros that stand for escaped weights, nor those of the padding."""
     weights = normal(500, columns)
     weights[::3, 5], weights[7] = 1e-30, 0.0
@@ -123,7 +126,7 @@ def test_activations_that_are_not_finite(columns: int, values: list[str]) -> Non
     assert torch.equal(torch.isnan(y), torch.isnan(expected))
     whole = ~torch.isnan(expected)
     assert torch.equal(y[whole], expected[whole])  # infinities
-    several = torch.cat([normal(2, columns, seed=3), x, normal(9, columns, seed=4)])
+    several = torch.cat([normal(2, columns, seed=3), x, normal(more, columns, seed=4)])
     among = encode(weights).linear(several).float()
     assert torch.equal(torch.isnan(among[2]), torch.isnan(expected))
     assert torch.equal(among[2][whole], expected[whole])
@@ -132,10 +135,11 @@ def test_activations_that_are_not_finite(columns: int, values: list[str]) -> Non
     assert (among - rest)[others].nan_to_num(0, 0, 0).norm() < 0.01 * rest[others].nan_to_num(0, 0, 0).norm()
 
 
-def test_each_product_waits_for_the_one_before() -> None:
+@pytest.mark.parametrize("rows", [1, 8, 16, 64])
+def test_each_product_waits_for_the_one_before(rows: int) -> None:
     """They begin early, so x must not be read too soon nor y written: a chain in a graph against one kernel at a time."""
     first, second = encode(normal(4096, 4096)), encode(normal(4096, 4096, seed=1))
-    start = torch.randn(4096, device="cuda").bfloat16()
+    start = torch.randn(rows, 4096, device="cuda").bfloat16()
     x, wanted = start.clone(), start.clone()
 
     def both(x: torch.Tensor) -> torch.Tensor:
@@ -184,6 +188,8 @@ def test_more_than_2_31_weights() -> None:
     y = weight.linear(x)[0]
     assert same_bits(y[:64], y[-128:-64])
     assert same_bits(weight.rows(torch.tensor([len(weights) - 1], device="cuda")), weights[-1:])
+    y = weight.linear(normal(16, 4096, seed=2))
+    assert same_bits(y[:, :64], y[:, -128:-64])
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -56,6 +56,12 @@ def test_linear(config: Callable[..., DictConfig], tmp_path: Path, capsys: pytes
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
+def test_rows_of_x_in_two_parts(config: Callable[..., DictConfig]) -> None:
+    rows = pd.DataFrame(linear.measure(runner.typed(config(*SMALL, "bench.repeats=1"), Config), 64, 512, 70))
+    fused = rows[(rows["mode"] == "fused") & (rows["kernel"] == "cpu")]
+    assert {"us", "rms_error_vs_cublas"} <= set(fused["metric"])
+
+
 def test_shares_are_of_the_copy_of_the_same_run(config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "timed", lambda cfg, works, count: {key: [1e-3, 3e-3, 2e-3] for key in works})
     cfg = runner.typed(config(*SMALL), Config)
