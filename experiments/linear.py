@@ -63,30 +63,50 @@ def preflight(cfg: Config) -> Iterable[Need]:
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
     about = {"distribution": f"W: N(0, {STD}^2), x: N(0, 1), torch generator seed {cfg.seed} and those after it"}
     for rows, columns in cfg.bench.shapes:
-        for batch_size in cfg.bench.batch_sizes:
-            key = f"{rows} x {columns}, {batch_size}"
-            if key not in done:
-                # The shapes are of several models, the config's is none of them.
-                identity = {"model": "-", "weights": "synthetic-normal"}
-                identity |= {"rows": rows, "columns": columns, "batch_size": batch_size}
-                yield Point(key, [identity | row for row in measure(cfg, rows, columns, batch_size)], about)
-                budget.release()
+        missing = {key: size for size in cfg.bench.batch_sizes if (key := f"{rows} x {columns}, {size}") not in done}
+        matrix = Matrix(cfg, rows, columns) if missing else None
+        for key, batch_size in missing.items():
+            # The shapes are of several models, the config's is none of them.
+            identity = {"model": "-", "weights": "synthetic-normal"}
+            identity |= {"rows": rows, "columns": columns, "batch_size": batch_size}
+            yield Point(key, [identity | row for row in measure(cfg, matrix, batch_size)], about)
+        del matrix
+        budget.release()
 
 
-def measure(cfg: Config, rows: int, columns: int, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Rows of one shape and batch size: checks, then the samples of all variants."""
+class Matrix:
+    """The weights of one shape, in BF16 and compressed, and the copies that are walked over.
+
+    Raises ValueError where they do not come back bit for bit.
+    """
+
+    def __init__(self, cfg: Config, rows: int, columns: int) -> None:
+        self.weights = normal(cfg, 0, rows, columns, STD)
+        budget.release()  # the float32 draw
+        self.out = torch.full_like(self.weights, 1)
+        self.tiled = TiledWeight.encode(self.weights)
+        if self.tiled and not same(self.tiled.decompress(self.out), self.weights):
+            raise ValueError(f"the {rows} x {columns} weights do not come back bit for bit")
+        budget.release()
+        self.count = copies(cfg, self.tiled.nbytes if self.tiled else self.weights.nbytes)
+        self.dense = self.weights.repeat(self.count, 1, 1)
+        self.packed = [self.tiled] if self.tiled else []
+        for tiled in self.packed * (self.count - 1):
+            self.packed.append(replace(tiled, **{name: getattr(tiled, name).clone() for name in ARRAYS}))
+        self.peers = peers.Peers(self.weights, self.count)
+
+
+def measure(cfg: Config, matrix: Matrix, batch_size: int) -> Iterator[dict[str, Any]]:
+    """Rows of one shape and batch size: the error, then the samples of all variants."""
     on_gpu = cfg.device.name == "cuda"
     kernel, launch = ("tiled", "graph") if on_gpu else ("cpu", "eager")
     baselines = libraries() if on_gpu else ["cpu"]
-    weights, x = normal(cfg, 0, rows, columns, STD), normal(cfg, 1, batch_size, columns)
-    budget.release()  # the float32 draw
-    out = torch.full_like(weights, 1)
-    tiled = TiledWeight.encode(weights)
+    weights, tiled, dense, packed, count = matrix.weights, matrix.tiled, matrix.dense, matrix.packed, matrix.count
+    rows, columns = weights.shape
+    x, half = normal(cfg, 1, batch_size, columns), count // 2
     if tiled:
         bits = 8 * tiled.nbytes / weights.numel()
         yield {"codec": "tiled", "metric": "bits_per_weight", "value": bits, "unit": "bits"}
-        if not same(tiled.decompress(out), weights):
-            raise ValueError(f"the {rows} x {columns} weights do not come back bit for bit")
         if batch_size <= dispatch.MOST_FUSED:
             xs = torch.stack([normal(cfg, 1 + draw, batch_size, columns) for draw in range(-(-DRAWS // batch_size))])
             error = fused_error(tiled, weights, xs, baselines[0])
@@ -94,9 +114,6 @@ def measure(cfg: Config, rows: int, columns: int, batch_size: int) -> Iterator[d
                 print(f"{rows} x {columns}: the RMS error of fused products is {error:.3f} of cuBLAS's", file=sys.stderr)
             fused = {"codec": "tiled", "kernel": kernel, "mode": "fused"}
             yield fused | {"metric": "rms_error_vs_cublas", "value": error, "unit": "ratio"}
-    budget.release()
-    count = copies(cfg, tiled.nbytes if tiled else weights.nbytes)
-    dense, half = weights.repeat(count, 1, 1), count // 2
     alone, vectors = ("tiled", kernel, "-"), x.nbytes + 2 * batch_size * rows
     works: dict[Variant, Callable[[int], object]] = {COPY: lambda i: dense[half : 2 * half].copy_(dense[:half])}
     moved = {COPY: 2 * half * weights.nbytes}  # bytes that have to be read and written
@@ -104,16 +121,15 @@ def measure(cfg: Config, rows: int, columns: int, batch_size: int) -> Iterator[d
         works["bf16", library, "-"] = lambda i: linear(x, dense[i])
         moved["bf16", library, "-"] = weights.nbytes + vectors
     if tiled:
-        packed = [tiled, *(replace(tiled, **{name: getattr(tiled, name).clone() for name in ARRAYS}) for _ in range(count - 1))]
         works[alone] = lambda i: packed[i].decompress(dense[i])
-        works["tiled", kernel, "exact"] = lambda i: linear(x, packed[i].decompress(out))
+        works["tiled", kernel, "exact"] = lambda i: linear(x, packed[i].decompress(matrix.out))
         works["tiled", "sliced", "exact"] = lambda i: dispatch.sliced(packed[i], x, None, dispatch.slice_rows(tiled, x.device))
         works["tiled", "dispatch", "fused"] = lambda i: dispatch.linear(packed[i], x)
         dispatch.linear(tiled, x)  # measures where its table lacks the shape
         if batch_size <= dispatch.MOST_FUSED:
             works["tiled", kernel, "fused"] = lambda i: dispatch.fused(packed[i], x)
         moved |= dict.fromkeys(works.keys() - moved.keys(), tiled.nbytes + vectors) | {alone: tiled.nbytes + weights.nbytes}
-    for codec, peer in peers.pack(weights, x, count).items():
+    for codec, peer in matrix.peers.of(x).items():
         works[codec, codec, "fused"] = partial(peer, x=x)
         moved[codec, codec, "fused"] = peer.nbytes + vectors
         yield {"codec": codec, "metric": "bits_per_weight", "value": 8 * peer.nbytes / weights.numel(), "unit": "bits"}

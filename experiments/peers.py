@@ -57,22 +57,34 @@ def _allocated(weights: torch.Tensor) -> int:
     return torch.cuda.memory_allocated(weights.device) if weights.is_cuda else 0
 
 
-def pack(weights: torch.Tensor, x: torch.Tensor, count: int) -> dict[str, Peer]:
-    """The peers that are installed and compute these products: one that fails, or is far from right, is told and left out."""
-    found = {}
-    for codec, (package, _, most_rows) in PEERS.items():
-        if len(x) > most_rows or importlib.util.find_spec(package) is None:
-            continue
-        try:
-            with torch.no_grad():
-                peer = Peer(codec, weights, count)
-                product, expected = (y.float() for y in (peer(0, x), nn.functional.linear(x, weights)))
-                if x.is_cuda:
-                    timing.graph(partial(peer, 0, x))  # what cannot be captured fails here, alone
-            if not (product - expected).norm() < 0.01 * expected.norm():
-                raise ValueError("its product is not that of the weights")
-        except Exception as error:  # of code that is not this project's
-            print(f"{codec}: no rows of {weights.shape[0]} x {weights.shape[1]}: {error}", file=sys.stderr)
-        else:
-            found[codec] = peer
-    return found
+class Peers:
+    """The packages that are installed, with `count` copies of the weights each, compressed when they are first asked for."""
+
+    def __init__(self, weights: torch.Tensor, count: int) -> None:
+        self.weights, self.count = weights, count
+        self.packed: dict[str, Peer | None] = {}
+
+    def of(self, x: torch.Tensor) -> dict[str, Peer]:
+        """Those that compute products with x: one that fails, or is far from right, is told and left out."""
+        found = {}
+        for codec, (package, _, most_rows) in PEERS.items():
+            failed = self.packed.get(codec, self) is None
+            if failed or len(x) > most_rows or importlib.util.find_spec(package) is None:
+                continue
+            try:
+                found[codec] = self._checked(codec, x)
+            except Exception as error:  # of code that is not this project's
+                self.packed.setdefault(codec, None)
+                print(f"{codec}: no rows of {len(self.weights)} x {self.weights.shape[1]}: {error}", file=sys.stderr)
+        return found
+
+    @torch.no_grad()
+    def _checked(self, codec: str, x: torch.Tensor) -> Peer:
+        peer = self.packed.get(codec) or Peer(codec, self.weights, self.count)
+        self.packed[codec] = peer
+        product, expected = (y.float() for y in (peer(0, x), nn.functional.linear(x, self.weights)))
+        if x.is_cuda:
+            timing.graph(partial(peer, 0, x))  # what cannot be captured fails here, alone
+        if not (product - expected).norm() < 0.01 * expected.norm():
+            raise ValueError("its product is not that of the weights")
+        return peer

@@ -31,6 +31,11 @@ def tiled() -> tuple[torch.Tensor, TiledWeight]:
     return weights, weight
 
 
+def measured(cfg: Config, rows: int, columns: int, *batch_sizes: int) -> pd.DataFrame:
+    matrix = linear.Matrix(cfg, rows, columns)
+    return pd.DataFrame([row | {"batch_size": size} for size in batch_sizes for row in linear.measure(cfg, matrix, size)])
+
+
 def test_linear(config: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = "bench.shapes=[[256,256],[100,512],[40,64]]"  # the last one does not get smaller
     cfg = config(*SMALL, shapes, "bench.batch_size=[1,3]", "promote=true", "promote_anyway=true")
@@ -57,7 +62,7 @@ def test_linear(config: Callable[..., DictConfig], tmp_path: Path, capsys: pytes
 
 
 def test_rows_of_x_in_two_parts(config: Callable[..., DictConfig]) -> None:
-    rows = pd.DataFrame(linear.measure(runner.typed(config(*SMALL, "bench.repeats=1"), Config), 64, 512, 70))
+    rows = measured(runner.typed(config(*SMALL, "bench.repeats=1"), Config), 64, 512, 70)
     fused = rows[(rows["mode"] == "fused") & (rows["kernel"] == "cpu")]
     assert {"us", "rms_error_vs_cublas"} <= set(fused["metric"])
 
@@ -65,7 +70,7 @@ def test_rows_of_x_in_two_parts(config: Callable[..., DictConfig]) -> None:
 def test_shares_are_of_the_copy_of_the_same_run(config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "timed", lambda cfg, works, count: {key: [1e-3, 3e-3, 2e-3] for key in works})
     cfg = runner.typed(config(*SMALL), Config)
-    rows = pd.DataFrame(linear.measure(cfg, 256, 512, 1))
+    rows = measured(cfg, 256, 512, 1)
     rows = rows[~rows["kernel"].isin(["dispatch", "sliced"])]
     share = rows[rows["metric"] == "share_of_ceiling"].set_index(["codec", "mode"])["value"]
     nbytes, vectors = 2 * 256 * 512, 2 * (256 + 512)  # the copy reads and writes as much in the same time
@@ -78,22 +83,35 @@ def test_shares_are_of_the_copy_of_the_same_run(config: Callable[..., DictConfig
 def test_peers_are_measured_where_they_are_installed(
     config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    asked: list[str] = []
+
+    def right(model: torch.nn.Module) -> torch.nn.Module:
+        asked.append("right")
+        return model
+
     def wrong(model: torch.nn.Module) -> torch.nn.Module:
         model[0].weight = torch.nn.Parameter(model[0].weight * 2)  # type: ignore[index]
         return model
 
-    known = {"right": ("json", lambda model: model, 1), "wrong": ("json", wrong, 1), "absent": ("no_such_package", wrong, 1)}
-    known["for no row"] = ("json", wrong, 0)
+    def broken(model: torch.nn.Module) -> torch.nn.Module:
+        asked.append("broken")
+        raise RuntimeError("not on this machine")
+
+    known = {"right": ("json", right, 9), "single": ("json", lambda model: model, 1), "wrong": ("json", wrong, 9)}
+    known |= {"broken": ("json", broken, 9), "absent": ("no_such_package", wrong, 9), "for no row": ("json", broken, 0)}
     monkeypatch.setattr(peers, "PEERS", known)
     sizes = iter(range(0, 1_000_000, 1000))
     monkeypatch.setattr(peers, "_allocated", lambda weights: next(sizes))
-    rows = pd.DataFrame(linear.measure(runner.typed(config(*SMALL), Config), 256, 512, 1))
-    assert {"right"} == set(rows["codec"]) - {"bf16", "tiled"}
-    right = rows[rows["codec"] == "right"]
-    assert set(right["metric"]) == {"bits_per_weight", "us", "speedup_vs_cublas", "share_of_ceiling"}
-    assert right.loc[right["metric"] == "bits_per_weight", "value"].item() == 8 * 1000 / (256 * 512)
-    told = capsys.readouterr().err
-    assert "wrong: no rows of 256 x 512: its product" in told and "for no row" not in told
+    rows = measured(runner.typed(config(*SMALL), Config), 256, 512, 1, 3)
+    assert set(rows["codec"]) - {"bf16", "tiled"} == {"right", "single"}
+    assert set(rows[rows["codec"] == "single"]["batch_size"]) == {1}
+    right_rows = rows[rows["codec"] == "right"]
+    assert set(right_rows["metric"]) == {"bits_per_weight", "us", "speedup_vs_cublas", "share_of_ceiling"}
+    bits = right_rows[right_rows["metric"] == "bits_per_weight"]
+    assert bits["value"].tolist() == [8 * 1000 / (256 * 512)] * 2 and bits["batch_size"].tolist() == [1, 3]
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "wrong: no rows of 256 x 512: its product" in line] == told[::2] and len(told) == 3
+    assert asked == ["right", "right", "broken"]  # once for each copy, and not again where it fails
 
 
 def test_the_error_of_fused_products(tiled: tuple[torch.Tensor, TiledWeight], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +143,7 @@ def test_wrong_bits_and_products_that_differ_are_errors(
     altered = replace(weight, low=weight.low ^ 1)
     monkeypatch.setattr(TiledWeight, "encode", lambda weights: altered)
     with pytest.raises(ValueError, match="bit for bit"):
-        list(linear.measure(runner.typed(config(*SMALL), Config), 100, 512, 1))
+        measured(runner.typed(config(*SMALL), Config), 100, 512, 1)
 
 
 # On a GPU that is played.
