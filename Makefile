@@ -17,7 +17,7 @@ run: .venv/installed  ## compress the embedded default model and print its sizes
 	$(PY) run.py experiment=compression_ratio
 
 test: .venv/installed  ## the fast tests: no GPU, no network
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 coverage: .venv/installed  ## how much of df11/ the fast tests reach; loops that numba compiles count as missed
 	$(PY) -m coverage run -m pytest
