@@ -128,6 +128,26 @@ __device__ __forceinline__ void spread(uint32_t bytes, uint32_t (*codes)[kLanes]
   spread_rest(bytes, codes, lane);
 }
 
+// Two entries of the table, for the codes of a fragment's upper and lower rows. lane_at: 4 lane. entries: address of the table.
+__device__ __forceinline__ void look_up(uint32_t& position, uint32_t lane_at, uint32_t entries, uint32_t& first, uint32_t& second) {
+  const uint32_t at = (position & ~127u) | lane_at;
+  uint32_t window = __funnelshift_r(load_shared(at), load_shared<4 * kLanes>(at), position >> 2);
+  first = load_shared((window & 0x3FFC) | entries);
+  window >>= first >> 18;
+  second = load_shared((window & 0x3FFC) | entries);
+  position += (first + second) >> 16;
+}
+
+// The operand of fragment f of four. both: the low bytes of its pair.
+__device__ __forceinline__ void assemble(const Matrix& m, int f, uint32_t first, uint32_t second, const uint4& both, uint32_t sign,
+                                         uint32_t (&a)[4]) {
+  const uint32_t top = permute(m.uppers.x, m.uppers.y, first) | ((sign << (2 * f)) & 0x80808080);
+  const uint32_t bottom = permute(m.uppers.x, m.uppers.y, second) | ((sign << (2 * f + 1)) & 0x80808080);
+  const uint32_t low_top = f & 1 ? both.z : both.x, low_bottom = f & 1 ? both.w : both.y;
+  a[0] = permute(low_top, top, 0x5140), a[1] = permute(low_bottom, bottom, 0x5140);
+  a[2] = permute(low_top, top, 0x7362), a[3] = permute(low_bottom, bottom, 0x7362);
+}
+
 // The operands of a tile's fragments, one after the other: use(fragment, a, selectors of the two groups). The lane 4 g + t gets
 // columns 4 t .. 4 t + 3 of rows g and g + 8, as if they were columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of mma.m16n8k16: the other
 // operand takes the same order.
@@ -143,18 +163,10 @@ __device__ __forceinline__ void decode(const Matrix& m, const uint32_t (*codes)[
   for (int four = 0; four < m.fragments; four += 4) {
 #pragma unroll
     for (int f = 0; f < 4; f++) {
-      const uint32_t at = (position & ~127u) | column;
-      uint32_t window = __funnelshift_r(load_shared(at), load_shared<4 * kLanes>(at), position >> 2);
-      const uint32_t first = load_shared((window & 0x3FFC) | entries);
-      window >>= first >> 18;
-      const uint32_t second = load_shared((window & 0x3FFC) | entries);
-      position += (first + second) >> 16;
-      const uint32_t top = permute(m.uppers.x, m.uppers.y, first) | ((reader.sign << (2 * f)) & 0x80808080);
-      const uint32_t bottom = permute(m.uppers.x, m.uppers.y, second) | ((reader.sign << (2 * f + 1)) & 0x80808080);
+      uint32_t first, second, a[4];
+      look_up(position, column, entries, first, second);
       const uint4 both = reader.low[f / 2];
-      const uint32_t low_top = f & 1 ? both.z : both.x, low_bottom = f & 1 ? both.w : both.y;
-      const uint32_t a[4] = {permute(low_top, top, 0x5140), permute(low_bottom, bottom, 0x5140), permute(low_top, top, 0x7362),
-                             permute(low_bottom, bottom, 0x7362)};
+      assemble(m, f, first, second, both, reader.sign, a);
       if (f & 1) reader.next_low(f / 2);
       if (f == 3) reader.next_sign();
       use(four + f, f, a, first, second);

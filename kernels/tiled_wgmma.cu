@@ -10,9 +10,9 @@
 
 namespace tiled {
 
-constexpr int kGroup = 4;      // warps
+constexpr int kGroup = 4;       // warps
 constexpr int kWideWarps = 16;  // at most
-constexpr int kSlots = 8;      // of x, four fragments each
+constexpr int kSlots = 8;       // of x, four fragments each
 constexpr int kAhead = kSlots - 2;
 constexpr int kChunks = 4;  // of a warp's low bytes and signs, four fragments each
 constexpr int kLow = 2 * kLanes * 16, kSigns = kLanes * 4;  // bytes of four fragments
@@ -248,25 +248,12 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
         const uint32_t sign = load_shared(signs + chunk * kSigns);
         uint32_t found[4][2];
 #pragma unroll
-        for (int f = 0; f < 4; f++) {
-          const uint32_t at = (position & ~127u) | lane_at;
-          uint32_t window = __funnelshift_r(load_shared(at), load_shared<4 * kLanes>(at), position >> 2);
-          found[f][0] = load_shared((window & 0x3FFC) | entries);
-          window >>= found[f][0] >> 18;
-          found[f][1] = load_shared((window & 0x3FFC) | entries);
-          position += (found[f][0] + found[f][1]) >> 16;
-        }
+        for (int f = 0; f < 4; f++) look_up(position, lane_at, entries, found[f][0], found[f][1]);
         wait_group<0>();
         release();
         uint32_t a[4][4];
 #pragma unroll
-        for (int f = 0; f < 4; f++) {
-          const uint32_t top = permute(m.uppers.x, m.uppers.y, found[f][0]) | ((sign << (2 * f)) & 0x80808080);
-          const uint32_t bottom = permute(m.uppers.x, m.uppers.y, found[f][1]) | ((sign << (2 * f + 1)) & 0x80808080);
-          const uint32_t low_top = f & 1 ? both[f / 2].z : both[f / 2].x, low_bottom = f & 1 ? both[f / 2].w : both[f / 2].y;
-          a[f][0] = permute(low_top, top, 0x5140), a[f][1] = permute(low_bottom, bottom, 0x5140);
-          a[f][2] = permute(low_top, top, 0x7362), a[f][3] = permute(low_bottom, bottom, 0x7362);
-        }
+        for (int f = 0; f < 4; f++) assemble(m, f, found[f][0], found[f][1], both[f / 2], sign, a[f]);
         refill(chunk);
         wait(full + 8 * (n % kSlots), n / kSlots & 1);
         const uint32_t b = descriptor(xs) + n % kSlots * (kSlot >> 4);
