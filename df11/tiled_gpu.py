@@ -18,15 +18,14 @@ from df11 import driver, gpu
 
 MATRIX = struct.Struct("PPPPPPQiii4x")  # tiled::Matrix
 LANES, TILE_ROWS = 32, 16
-MOST_WARPS = 32
-FEW_WARPS = 16  # fewer do not keep memory busy
+MOST_WARPS, PRODUCT_WARPS = 28, 24  # tiled::kMostWarps, kProductWarps
 # tiled_products_...: the most rows of x, the warps that registers allow, and those that keep memory busy.
 PRODUCTS = {8: (28, 20), 16: (24, 20), 32: (16, 16), 64: (16, 16)}
 MOST_ROWS = max(PRODUCTS)
 MOST_SPLITS = 8
 # What plan_rows assumes, in tiles or bytes a tile (of the 0.5 us in which every multiprocessor of an H100 reads one).
 STAGE, STAGE_BYTES = 1.5, 44_000
-ADD_UP, ADD_UP_BYTES = 4.0, 1_300_000
+ADD_UP, ADD_UP_BYTES = 2.0, 1_800_000
 ADD_UP_THREADS = 256
 # tiled_wide_... of compute capability 9.0: the most rows of x, and what plan_wide assumes of the time of a tile, in us on an
 # H100: so much, and so much more for each warpgroup.
@@ -89,20 +88,15 @@ def code_bytes(fragments: int) -> int:
     return 128 * (-(-24 * fragments // 32) + 1)
 
 
-def choose_warps(tiles: int, most: int) -> int:
-    """Warps of a thread block with so many tiles: the fewest idle in the last round; of equally good numbers the largest."""
-    return max(range(min(FEW_WARPS, most), most + 1), key=lambda w: (tiles / (-(-tiles // w) * w), w))
-
-
 @functools.cache
 def plan(rows: int, columns: int, fragments: int, processors: int, room: int) -> tuple[int, int]:
     """Thread blocks and warps of a product. room: bytes of shared memory for codes and x. ValueError where x does not fit."""
     across, down = -(-columns // (16 * fragments)), -(-rows // TILE_ROWS)
     blocks = min(processors, down)
-    most = min(MOST_WARPS, (room - 32 * fragments * across) // code_bytes(fragments))
-    if most < 1:
+    warps = min(PRODUCT_WARPS, (room - 32 * fragments * across) // code_bytes(fragments))
+    if warps < 1:
         raise ValueError(f"{columns} columns: x does not fit into the GPU's shared memory; use mode=exact")
-    return blocks, choose_warps(-(-down // blocks) * across, most)
+    return blocks, warps
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,8 @@ def plan_rows(rows: int, columns: int, fragments: int, batch: int, processors: i
             rounds = -(-tall // (warps // groups))
             steps = rounds * ((phases - 1) * -(-size // groups) + -(-(wide - (phases - 1) * size) // groups))
             stagings = 1 if phases == 1 and (groups == 1 or apart) else rounds * phases
-            cost = steps * max(warps, few_warps) + stagings * (STAGE + size * x_tile / STAGE_BYTES) + adding + (groups > 1) * rounds
+            cost = steps * max(warps, few_warps) + stagings * (STAGE + size * x_tile / STAGE_BYTES)
+            cost += adding + (groups > 1) * groups * rounds
             at = size * x_tile if apart else 0
             shared = at + parts if apart else max(size * x_tile, parts)
             found = Plan(kernel_rows, row_blocks * splits, warps, splits, groups, size, at, shared)

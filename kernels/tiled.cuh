@@ -10,7 +10,7 @@ namespace tiled {
 
 constexpr int kLanes = 32;
 constexpr int kTileRows = 16;
-constexpr int kMostWarps = 32;
+constexpr int kMostWarps = 28;
 constexpr int kMostFragments = 36;
 constexpr int kTable = 1 << 12;
 

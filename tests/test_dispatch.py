@@ -64,6 +64,7 @@ def test_constants_of_the_kernels() -> None:
     assert (constants["kSlots"], constants["kChunks"], low + signs) == (tiled_gpu.SLOTS, tiled_gpu.CHUNKS, tiled_gpu.CHUNK_BYTES)
     assert constants["kWideWarps"] == tiled_gpu.WARPGROUP * tiled_gpu.MOST_WARPGROUPS
     assert constants["kMostSplits"] == tiled_gpu.MOST_SPLITS and constants["kMostWarps"] == tiled_gpu.MOST_WARPS
+    assert constants["kProductWarps"] == tiled_gpu.PRODUCT_WARPS
     for name, sizes in {"PRODUCTS": tiled_gpu.PRODUCTS, "WIDE": tiled_gpu.WIDE}.items():
         assert [int(size) for size in re.findall(rf"^TILED_{name}\((\d+)", sources, re.M)] == list(sizes)
 
@@ -83,9 +84,9 @@ def test_x_that_fits_nowhere() -> None:
         tiled_gpu.plan_rows(64, 4096, 32, 64, 132, 50_000)
 
 
-def test_warps_that_leave_none_idle() -> None:
-    assert [tiled_gpu.choose_warps(tiles, 32) for tiles in (16, 24, 56, 112, 224, 64)] == [16, 24, 28, 28, 32, 32]
-    assert tiled_gpu.choose_warps(5, 3) == 3
+def test_few_warps_where_x_takes_the_room() -> None:
+    assert tiled_gpu.plan(28672, 4096, 32, 132, 197_000) == (132, tiled_gpu.PRODUCT_WARPS)
+    assert tiled_gpu.plan(64, 90_000, 32, 132, 197_000) == (4, (197_000 - 2 * 512 * 176) // tiled_gpu.code_bytes(32))
 
 
 class Recorder:
@@ -128,7 +129,7 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         recorder.launched.clear()
         tiled_gpu.linear(torch.randn(batch, 8192).bfloat16(), *place, bias)
         wide = [f"tiled_pack_{size}", f"tiled_wide_{size}", "tiled_add_up"]
-        assert [name for name, *_ in recorder.launched] == (wide if size else ["tiled_products_8"])
+        assert [name for name, *_ in recorder.launched] == (wide if size else ["tiled_products_8", "tiled_add_up"])
     (_, blocks, threads, _, _, packed, turned, sizes), (_, *launched, matrix, _, _, _, spread), _ = recorder.launched
     assert blocks * threads >= 64 * 512 and tiled_gpu.SIZES.unpack(sizes) == (64, 8192, 512)
     how = tiled_gpu.plan_wide(80, 8192, 32, 64, 132, recorder.room)

@@ -24,7 +24,7 @@ from df11.formats import Chunks, chunks_of, expect
 from df11.formats.codec import Codec, check_count, checked
 from df11.formats.tiled_code import ESCAPE, WINDOW, TiledCode, encoder_tables, make_code
 
-FRAGMENTS = (32, 28, 36, 24, 20, 16, 12, 8)  # of a tile, by preference
+FRAGMENTS = (28, 32, 36, 24, 20, 16, 12, 8)  # of a tile, by preference
 LANES = 32
 ROWS = 16  # of a tile
 TILES_A_TASK = 512
@@ -72,7 +72,7 @@ class TiledUnit:
 
 
 def tile_fragments(columns: int) -> int:
-    """F for a matrix of so many columns: the least padding, then the largest."""
+    """F for a matrix of so many columns: the least padding, then the first of FRAGMENTS."""
     return min(FRAGMENTS, key=lambda f: -(-columns // (16 * f)) * f)
 
 
