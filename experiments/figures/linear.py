@@ -10,21 +10,26 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures.style import BLUE, GREY, PURPLE, load, one, powers_of_two
+from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, load, one, powers_of_two
 
-MODES = {"fused": ("tiled, fused", PURPLE, "-"), "exact": ("tiled, decompressed, then cuBLAS", BLUE, "--")}
+SERIES = {  # codec, mode: label, colour, line over batch sizes
+    ("tiled", "fused"): ("tiled, fused", PURPLE, "-"),
+    ("glyd_mma12", "fused"): ("glyd mma12, 12 bits", ORANGE, None),
+    ("nwc", "fused"): ("neural-weight-compression", GREEN, None),
+    ("tiled", "exact"): ("tiled, decompressed, then cuBLAS", BLUE, "--"),
+}
 
 
 def draw(results: Path) -> Figure:
     rows = load(results, "linear").astype({"rows": int, "columns": int, "batch_size": int})
     gpu = rows["gpu"].iloc[-1]  # the one measured last
-    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] == "tiled") & ~rows["kernel"].isin(["dispatch", "sliced"])]
+    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] != "bf16") & ~rows["kernel"].isin(["dispatch", "sliced"])]
     key = ["rows", "columns", "batch_size"]
-    speedup = one(rows, metric="speedup_vs_cublas").set_index(["mode", *key])["value"].sort_index()
-    bits = one(rows, metric="bits_per_weight").set_index(key)["value"]
+    speedup = one(rows, metric="speedup_vs_cublas").set_index(["codec", "mode", *key])["value"].sort_index()
+    bits = one(rows, metric="bits_per_weight", codec="tiled").set_index(key)["value"]
     shapes = sorted({(r, c) for r, c, _ in bits.index}, key=math.prod)
     several = rows["batch_size"].nunique() > 1
-    height = max(3.0, 1.3 + 0.25 * len(shapes))
+    height = max(3.0, 1.3 + 0.3 * len(shapes))
     figure, axes = plt.subplots(1, 1 + several, figsize=(6.0 + 4.0 * several, height), squeeze=False)
     bars(axes[0, 0], speedup, bits, shapes)
     axes[0, 0].set_title("Batch 1, numbers: bits a weight", fontsize=8)
@@ -32,21 +37,23 @@ def draw(results: Path) -> Figure:
         curves(axes[0, 1], speedup, shapes)
     where = gpu if gpu != "-" else "CPU"
     figure.suptitle(f"Linear layers with compressed weights\n{where}, synthetic weights", fontsize=9, x=0, ha="left")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=7)
     return figure
 
 
 def bars(axis: Axes, speedup: pd.Series, bits: pd.Series, shapes: list[tuple[int, int]]) -> None:
     """The smallest matrix first."""
-    for line, (mode, (label, colour, _)) in enumerate(MODES.items()):
-        values = [speedup.get((mode, *shape, 1), 0.0) for shape in shapes]
-        axis.barh([y + 0.38 * line for y in range(len(shapes))], values, height=0.36, color=colour, label=label)
+    present = {which: look for which, look in SERIES.items() if which in speedup.index.droplevel(["rows", "columns", "batch_size"])}
+    thick = 0.76 / max(len(present), 1)
+    for line, (which, (label, colour, _)) in enumerate(present.items()):
+        values = [speedup.get((*which, *shape, 1), 0.0) for shape in shapes]
+        axis.barh([y + thick * line for y in range(len(shapes))], values, height=0.95 * thick, color=colour, label=label)
     for y, shape in enumerate(shapes):
-        longest = max(speedup.get((mode, *shape, 1), 0.0) for mode in MODES)
+        longest = speedup.get(("tiled", "fused", *shape, 1), 0.0)
         if longest:
             axis.text(max(longest, 1.0), y, f" {bits[(*shape, 1)]:.2f}", va="center", fontsize=6)
     axis.axvline(1.0, color=GREY, linewidth=1)
-    axis.set_yticks([y + 0.19 for y in range(len(shapes))], [f"{r} x {c}" for r, c in shapes])
+    axis.set_yticks([y + 0.38 - thick / 2 for y in range(len(shapes))], [f"{r} x {c}" for r, c in shapes])
     axis.tick_params(axis="y", length=0, labelsize=7)
     axis.invert_yaxis()
     axis.margins(x=0.12, y=0.02)
@@ -55,11 +62,11 @@ def bars(axis: Axes, speedup: pd.Series, bits: pd.Series, shapes: list[tuple[int
 
 def curves(axis: Axes, speedup: pd.Series, shapes: list[tuple[int, int]]) -> None:
     colours = plt.get_cmap("viridis")([i / max(len(shapes) - 1, 1) for i in range(len(shapes))])
-    for mode, (_, _, line) in MODES.items():
+    for which, (_, _, line) in SERIES.items():
         for shape, colour in zip(shapes, colours, strict=True):
-            if (mode, *shape) in speedup.index.droplevel("batch_size") and len(speedup[(mode, *shape)]) > 1:
-                curve = speedup[(mode, *shape)]
-                label = f"{shape[0]} x {shape[1]}" if mode == "exact" else None
+            if line and (*which, *shape) in speedup.index.droplevel("batch_size") and len(speedup[(*which, *shape)]) > 1:
+                curve = speedup[(*which, *shape)]
+                label = f"{shape[0]} x {shape[1]}" if which == ("tiled", "exact") else None
                 axis.plot(curve.index, curve, line, color=colour, marker=".", linewidth=1, label=label)
     axis.axhline(1.0, color=GREY, linewidth=1)
     powers_of_two(axis.xaxis)
