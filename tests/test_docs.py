@@ -150,7 +150,8 @@ def claims_of_the_readme() -> Iterator[str]:
     yield f", {merged:.1f} with merged projections; with the released kernel {theirs:.1f} |"
     (first, bf16), *others = map(fused, (1, 8, 16, 32, 64, 512))
     more = ", ".join(f"{own:.1f} against {theirs:.1f}" for own, theirs in others)
-    yield f"the same in mode=fused | {first:.1f} ms against {bf16:.1f} of BF16 with merged projections; at batch 8, 16, 32, 64, 512 {more} |"
+    yield f"the same in mode=fused | {first:.1f} ms against {bf16:.1f} of BF16 with merged projections; at"
+    yield f" of BF16 with merged projections; at batch 8, 16, 32, 64, 512 {more} |"
     compiled = [fused(batch, "compiled", "merged_compiled") for batch in (1, 64)]
     more = ", ".join(f"{own:.1f} against {theirs:.1f}" for own, theirs in compiled)
     yield f"both by torch.compile, batch 1, 64 | {more} ms |"
