@@ -297,7 +297,7 @@ __device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
   wait();
   wait_for_the_kernel_before();
   __syncthreads();
-  const bool even = m.columns % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  const bool aligned = m.columns % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
   for (int tile = first; tile < last; tile++) {
     const bool more = tile + 1 < last;
     uint2 h2 = h1;
@@ -306,7 +306,7 @@ __device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
     const int row = tile / across * kTileRows, left = tile % across * width;
     uint16_t* const upper = out + int64_t(row + g) * m.columns + left + 4 * t;
     uint16_t* const lower = upper + int64_t(8) * m.columns;
-    const bool inside = row + kTileRows <= m.rows && left + width <= m.columns && even;
+    const bool inside = row + kTileRows <= m.rows && left + width <= m.columns && aligned;
     uint32_t kept[4];  // of the fragment before, of a pair
     decode(m, codes, s.table, lane, reader, [&](int f, int i, const uint32_t(&a)[4], uint32_t, uint32_t) {
       if (inside) {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from df11.formats import FormatError
 from df11.formats.tiled import Tiled, TiledUnit, tile_fragments, tile_grid
 from df11.formats.tiled_code import ESCAPE, NONE, WINDOW, make_code, selector
+from df11.tiled_ops import TiledWeight
 from tests.helpers import normal, patterns
 
 FORMAT = Tiled(threads=2)
@@ -45,6 +46,17 @@ def test_several_matrices_share_a_code() -> None:
     unit = check(normal(32, 256), normal(7), normal(64, 576, std=0.1), torch.zeros(0, 5).bfloat16(), normal(16, 1024))
     assert [m.fragments for m in unit.matrices] == [16, 0, 36, 0, 32]
     assert unit.matrices[1].raw is not None
+
+
+def test_tiles_of_another_width_than_the_columns_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files made when FRAGMENTS had another order have them: the arrays say how wide their tiles are."""
+    monkeypatch.setattr("df11.formats.tiled.FRAGMENTS", (32, 28))
+    weights = normal(48, 3584)
+    unit = FORMAT.encode_tensors([weights])
+    on_device = TiledWeight.encode(weights)
+    monkeypatch.undo()
+    assert on_device and on_device.fragments == unit.matrices[0].fragments == 32 != tile_fragments(3584)
+    assert all(torch.equal(w.view(torch.int16), weights.view(torch.int16)) for w in (*FORMAT.decode(unit), on_device.decompress()))
 
 
 def test_all_patterns() -> None:
