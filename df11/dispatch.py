@@ -1,5 +1,5 @@
-"""Which way a linear layer in the tiled layout is computed, by a table measured once: fused, or decompressed and then by cuBLAS,
-all at once or in slices that stay in the L2 cache.
+"""Which way a linear layer in the tiled layout is computed, by a table measured once: fused, for 9 to 16 rows of x by wgmma or by
+mma.sync, or decompressed and then by cuBLAS, all at once or in slices that stay in the L2 cache.
 
 The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash>.json` (of the kernels, and of what decides how they are
 launched): "rows x columns, rows of x" to the seconds of each way. $DF11_DISPATCH names another file: its entries count as they are,
@@ -45,6 +45,7 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
         return y
     ways: Ways = {
         "fused": lambda: fused(weight, x, bias),
+        "mma": lambda: weight.linear(x, bias, wgmma=False),
         "decompress": lambda: dense_linear(x, weight.decompress(), bias),
         "sliced": lambda: sliced(weight, x, bias, slice_rows(weight, x.device)),
     }
@@ -89,17 +90,19 @@ def slice_rows(weight: TiledWeight, device: torch.device) -> int:
 
 
 def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
-    """A name of `ways`: `fused`, `decompress` or `sliced`."""
+    """A name of `ways`: `fused`, `mma`, `decompress` or `sliced`."""
     batch = x.numel() // weight.shape[1]
     if not x.is_cuda or batch == 0:
         return "fused" if batch == 1 else "decompress"
     table, key = _table(path(x.device.index)), _key(weight.shape, batch)
     if key not in table:
-        fuses = batch <= MOST_FUSED and (batch == 1 or weight.shape[1] % 4 == 0)
-        fuses = fuses and tiled_gpu.fits(*weight.shape, weight.fragments, min(batch, MOST_ROWS), x.device.index)
+        in_fours = batch == 1 or weight.shape[1] % 4 == 0
+        shape, index = (*weight.shape, weight.fragments, min(batch, MOST_ROWS)), x.device.index
+        fuses = batch <= MOST_FUSED and in_fours and tiled_gpu.fits(*shape, index)
         if torch.cuda.is_current_stream_capturing():
             return "fused" if fuses and batch <= MOST_ROWS else "decompress"
-        allowed = {"fused": fuses, "sliced": batch <= MOST_SLICED}
+        mma = in_fours and tiled_gpu.has_both(batch, index) and tiled_gpu.fits(*shape, index, wgmma=False)
+        allowed = {"fused": fuses, "mma": mma, "sliced": batch <= MOST_SLICED}
         possible = {name: way for name, way in ways.items() if allowed.get(name, True)}
         try:
             table[key] = {name: _seconds(way, x.device) for name, way in possible.items()}

@@ -190,23 +190,28 @@ def plan_wide(rows: int, columns: int, fragments: int, batch: int, processors: i
     return best[1] if best else None
 
 
-def fits(rows: int, columns: int, fragments: int, batch: int, index: int) -> bool:
-    """Whether a product of so many rows of x has room for x in the shared memory of a GPU."""
+def fits(rows: int, columns: int, fragments: int, batch: int, index: int, wgmma: bool = True) -> bool:
+    """Whether a product of so many rows of x has room for x in the shared memory of a GPU. wgmma: as for `linear`."""
     kernels = _kernels(index)
     place = kernels.device.processors, kernels.room
     try:
         if batch == 1:
             plan(rows, columns, fragments, *place)
         else:
-            _plan_several(kernels, rows, columns, fragments, batch)
+            _plan_several(kernels, rows, columns, fragments, batch, wgmma)
     except ValueError:
         return False
     return True
 
 
-def _plan_several(kernels: _Kernels, rows: int, columns: int, fragments: int, batch: int) -> Plan | WidePlan:
+def has_both(batch: int, index: int) -> bool:
+    """Whether a product of so many rows of x may be faster by wgmma or by mma.sync."""
+    return min(PRODUCTS) < batch <= min(WIDE) and _kernels(index).wide
+
+
+def _plan_several(kernels: _Kernels, rows: int, columns: int, fragments: int, batch: int, wgmma: bool) -> Plan | WidePlan:
     shape, place = (rows, columns, fragments, batch), (kernels.device.processors, kernels.room)
-    wide = plan_wide(*shape, *place) if kernels.wide and batch > min(PRODUCTS) else None
+    wide = plan_wide(*shape, *place) if wgmma and kernels.wide and batch > min(PRODUCTS) else None
     return wide or plan_rows(*shape, *place)
 
 
@@ -230,11 +235,17 @@ def _pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, co
 
 
 def linear(
-    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    uppers: int,
+    rows: int,
+    columns: int,
+    bias: torch.Tensor | None = None,
+    wgmma: bool = True,
 ) -> torch.Tensor:
     """x W^T + bias of 1 to MOST_ROWS rows of bf16 x, summed in float32: the same bits in every run.
 
-    More than one row need columns in fours.
+    More than one row need columns in fours. wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
     """
     batch = x.numel() // columns
     if x.dtype != torch.bfloat16 or x.shape[-1:] != (columns,) or not 1 <= batch <= MOST_ROWS:
@@ -258,7 +269,7 @@ def linear(
         padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
         kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
         return y
-    how = _plan_several(kernels, rows, columns, fragments, batch)
+    how = _plan_several(kernels, rows, columns, fragments, batch, wgmma)
     partial = torch.empty(how.splits * batch * rows if how.splits > 1 else 0, dtype=torch.float32, device=x.device)
     if isinstance(how, WidePlan):
         count = fragments * -(-columns // (16 * fragments))

@@ -1,6 +1,7 @@
 """torch operators over one matrix in the tiled layout, and the matrix as tensors on one device.
 
-    torch.ops.df11.tiled_linear(x, arrays, uppers, rows, columns, bias) -> y, and df11.linear, the fastest way
+    torch.ops.df11.tiled_linear(x, arrays, uppers, rows, columns, bias, wgmma=True) -> y
+    torch.ops.df11.linear(x, arrays, uppers, rows, columns, bias) -> y, the fastest way
     torch.ops.df11.tiled_decompress(arrays, uppers, out)
     torch.ops.df11.tiled_rows(ids, arrays, uppers, rows, columns) -> W[ids]
 
@@ -25,10 +26,10 @@ MOST_ROWS = tiled_gpu.MOST_ROWS  # of x
 ARRAYS = tuple(tiled_gpu.RULES)
 TILE_ROWS = tiled_gpu.TILE_ROWS
 _MATRIX = "Tensor[] arrays, int uppers"
-_LINEAR = f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None) -> Tensor"
+_LINEAR = f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None%s) -> Tensor"
 
-torch.library.define("df11::tiled_linear", _LINEAR)
-torch.library.define("df11::linear", _LINEAR)  # computed by df11/dispatch.py
+torch.library.define("df11::tiled_linear", _LINEAR % ", bool wgmma=True")
+torch.library.define("df11::linear", _LINEAR % "")  # computed by df11/dispatch.py
 torch.library.define("df11::tiled_decompress", f"({_MATRIX}, Tensor(a!) out) -> ()")
 torch.library.define("df11::tiled_rows", f"(Tensor ids, {_MATRIX}, int rows, int columns) -> Tensor")
 torch.library.impl("df11::tiled_linear", "CUDA")(tiled_gpu.linear)
@@ -39,7 +40,13 @@ torch.library.impl("df11::tiled_rows", "CUDA")(tiled_gpu.gather)
 @torch.library.register_fake("df11::linear")
 @torch.library.register_fake("df11::tiled_linear")
 def _linear_fake(
-    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    uppers: int,
+    rows: int,
+    columns: int,
+    bias: torch.Tensor | None = None,
+    wgmma: bool = True,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
@@ -56,7 +63,13 @@ def _rows_fake(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, r
 
 @torch.library.impl("df11::tiled_linear", "CPU")
 def _linear_cpu(
-    x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    uppers: int,
+    rows: int,
+    columns: int,
+    bias: torch.Tensor | None = None,
+    wgmma: bool = True,
 ) -> torch.Tensor:
     weights = _decoded(arrays, uppers, (rows, columns)).float()
     return torch.nn.functional.linear(x.float(), weights, None if bias is None else bias.float()).to(torch.bfloat16)
@@ -116,9 +129,12 @@ class TiledWeight:
         """Bytes on the device, the table included; the eight bytes of `uppers` go with each launch."""
         return sum(array.nbytes for array in self.arrays)
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x W^T + bias of up to MOST_ROWS rows, bf16 [..., columns], W never in memory; sums in float32, in an order of its own."""
-        y: torch.Tensor = torch.ops.df11.tiled_linear(x, self.arrays, self.uppers, *self.shape, bias)
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, wgmma: bool = True) -> torch.Tensor:
+        """x W^T + bias of up to MOST_ROWS rows, bf16 [..., columns], W never in memory; sums in float32, in an order of its own.
+
+        wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
+        """
+        y: torch.Tensor = torch.ops.df11.tiled_linear(x, self.arrays, self.uppers, *self.shape, bias, wgmma)
         return y
 
     def decompress(self, out: torch.Tensor | None = None) -> torch.Tensor:

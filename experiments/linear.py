@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import linear
 
-from df11 import dispatch
+from df11 import dispatch, tiled_gpu
 from df11.tiled_ops import ARRAYS, TiledWeight
 from experiments import budget, peers
 from experiments.config import Config
@@ -128,6 +128,8 @@ def measure(cfg: Config, matrix: Matrix, batch_size: int) -> Iterator[dict[str, 
         dispatch.linear(tiled, x)  # measures where its table lacks the shape
         if batch_size <= dispatch.MOST_FUSED:
             works["tiled", kernel, "fused"] = lambda i: dispatch.fused(packed[i], x)
+        if on_gpu and tiled_gpu.has_both(batch_size, x.get_device()):
+            works["tiled", "mma", "fused"] = lambda i: packed[i].linear(x, wgmma=False)
         moved |= dict.fromkeys(works.keys() - moved.keys(), tiled.nbytes + vectors) | {alone: tiled.nbytes + weights.nbytes}
     for codec, peer in matrix.peers.of(x).items():
         works[codec, codec, "fused"] = partial(peer, x=x)
@@ -230,7 +232,7 @@ def walk(work: Callable[[int], object], count: int, rounds: int = 1) -> None:
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     """Medians, a line a shape and batch size; of cuBLAS and cuBLASLt the faster."""
     index, name = ["rows", "columns", "batch_size"], ["metric", "codec", "mode"]
-    rows = rows.assign(mode=rows["mode"].where(rows["kernel"] != "dispatch", "dispatch"))
+    rows = rows.assign(mode=rows["mode"].where(~rows["kernel"].isin(["dispatch", "mma"]), rows["kernel"]))
     middle = rows[rows["kernel"] != "copy"].groupby([*index, *name, "kernel"], sort=False, as_index=False)["value"].median()
     wide = middle.pivot_table(index=index, columns=name, values="value", aggfunc="min", sort=False)
     return wide.reindex(columns=list(SHOWN.values())).set_axis(list(SHOWN), axis=1).reset_index()

@@ -138,6 +138,9 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, turned, _, asked, splits = tiled_gpu.WIDE_SPREAD.unpack(spread)
     assert asked == 64 and splits == how.splits > 1 and turned - packed == 64 * 8192 * 2
     recorder.launched.clear()
+    tiled_gpu.linear(torch.randn(16, 8192).bfloat16(), *place, bias, wgmma=False)
+    assert recorder.launched[0][0] == "tiled_products_16"
+    recorder.launched.clear()
     recorder.room = 94_000  # less than the rings of 64 rows take, but enough for a tile of x
     tiled_gpu.linear(torch.randn(64, 8192).bfloat16(), *place, bias)
     assert recorder.launched[0][0] == "tiled_products_64"
@@ -206,6 +209,7 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # A table as it would be for a GPU.
     ways: dispatch.Ways = {"fused": lambda: torch.zeros(1), "decompress": lambda: torch.zeros(2)}
+    monkeypatch.setattr(tiled_gpu, "has_both", lambda batch, index: False)
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "deep" / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, device: float(way().numel()))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: True)
@@ -236,21 +240,25 @@ class OnGpu:
         return math.prod(self.shape)
 
 
-@pytest.mark.parametrize("rows", [1, 64, 65, 128, 129, 600, 5000])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64, 65, 128, 129, 600, 5000])
 def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    weight, asked = SimpleNamespace(shape=(256, 512), fragments=32), []
+    weight, asked, both = SimpleNamespace(shape=(256, 512), fragments=32), [], 9 <= rows <= 16
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, device: way())
-    monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: asked.append(arguments) or True)
-    ways = {"fused": lambda: 1.0, "sliced": lambda: 2.0, "decompress": lambda: 3.0}
+    monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments, wgmma=True: asked.append((*arguments, wgmma)) or True)
+    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: SimpleNamespace(wide=True))
+    ways = {"fused": lambda: 1.0, "mma": lambda: 0.5, "sliced": lambda: 2.0, "decompress": lambda: 3.0}
     for capturing in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
         chosen = dispatch.choose(weight, OnGpu(rows), ways)  # type: ignore[arg-type]
-        assert chosen == ("fused" if rows <= (64 if capturing else 128) else "decompress")
-    assert asked == ([(256, 512, 32, min(rows, 64), 0)] * 2 if rows <= 128 else [])
+        fused = "mma" if both and not capturing else "fused"
+        assert chosen == (fused if rows <= (64 if capturing else 128) else "decompress")
+    shape = 256, 512, 32, min(rows, 64), 0
+    assert asked == ([(*shape, True), (*shape, True), *[(*shape, False)] * both] if rows <= 128 else [])
     ((key, times),) = json.loads((tmp_path / "table.json").read_text()).items()
-    size = {1: 1, 64: 64, 65: 72, 128: 128, 129: 512, 600: 2048, 5000: 2048}[rows]
-    assert key == f"256 x 512, {size}" and set(times) == ({"fused", "sliced", "decompress"} if rows <= 128 else {"decompress"})
+    size = {1: 1, 8: 8, 9: 16, 16: 16, 17: 32, 64: 64, 65: 72, 128: 128, 129: 512, 600: 2048, 5000: 2048}[rows]
+    assert key == f"256 x 512, {size}"
+    assert set(times) == ({"fused", "sliced", "decompress", *["mma"] * both} if rows <= 128 else {"decompress"})
 
 
 def test_a_table_of_several_processes(tmp_path: Path) -> None:

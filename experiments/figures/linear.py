@@ -23,7 +23,7 @@ SERIES = {  # codec, mode: label, colour, line over batch sizes
 def draw(results: Path) -> Figure:
     rows = load(results, "linear").astype({"rows": int, "columns": int, "batch_size": int})
     gpu = rows["gpu"].iloc[-1]  # the one measured last
-    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] != "bf16") & ~rows["kernel"].isin(["dispatch", "sliced"])]
+    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] != "bf16") & ~rows["kernel"].isin(["dispatch", "mma", "sliced"])]
     key = ["rows", "columns", "batch_size"]
     speedup = one(rows, metric="speedup_vs_cublas").set_index(["codec", "mode", *key])["value"].sort_index()
     bits = one(rows, metric="bits_per_weight", codec="tiled").set_index(key)["value"]

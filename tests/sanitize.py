@@ -1,0 +1,40 @@
+"""Each kernel of the tiled layout once, on small matrices, for compute-sanitizer: `make gpu-test` runs it.
+
+Kernels do not overlap here (--overlap: they do): racecheck loses a kernel that begins before the one ahead of it has ended.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from df11 import tiled_gpu
+from df11.tiled_ops import TiledWeight
+from tests.helpers import normal, same_bits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--overlap", action="store_true")
+    tiled_gpu._kernels(0).overlap &= parser.parse_args().overlap
+    wrong = []
+    for shape in ((400, 4096), (333, 576)):
+        weights = normal(*shape, device="cuda")
+        weights[shape[0] // 2, ::37], weights[9] = 7.0, 1e-30  # escaped
+        weight = TiledWeight.encode(weights)
+        assert weight is not None
+        ids = torch.tensor([3, 9, shape[0] // 2], device="cuda")
+        found = {"decompress": same_bits(weight.decompress(), weights), "rows": same_bits(weight.rows(ids), weights[ids])}
+        for batch in (1, 8, 16, 32, 64):
+            for wgmma in (True, False):
+                x = normal(batch, shape[1], seed=batch, device="cuda")
+                y, expected = weight.linear(x, wgmma=wgmma).float(), x.float() @ weights.float().T
+                found[f"{batch} rows, wgmma={wgmma}"] = bool((y - expected).norm() < 0.01 * expected.norm())
+        torch.cuda.synchronize()
+        wrong += [f"{shape}: {name}" for name, right in found.items() if not right]
+    print("\n".join(wrong) or "all as expected")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
