@@ -73,8 +73,8 @@ def fused(batch_size: int, variant: str = "-", merged: str = "merged") -> tuple[
 
 
 def speedup(batch_size: int) -> pd.Series:
-    """Of fused products, by shape."""
-    which = {"kernel": "tiled", "mode": "fused", "metric": "speedup_vs_cublas"}
+    """Of products with compressed weights, the way that is chosen, by shape."""
+    which = {"kernel": "dispatch", "metric": "speedup_vs_cublas"}
     return values("linear", ["rows", "columns"], gpu=H200, batch_size=batch_size, **which)
 
 
