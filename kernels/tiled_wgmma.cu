@@ -190,6 +190,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
   if (lane == 0) init(arrived, 1);
   if (threadIdx.x < kSlots) init(full + 8 * threadIdx.x, 1), init(empty + 8 * threadIdx.x, warps);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncthreads();
   load_table(m, s.table);
   commit();
   for (int i = 0; i < kChunks; i++) refill(i);
