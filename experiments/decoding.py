@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import StaticLayer
 
 from df11 import ops, released, runtime
@@ -16,6 +17,8 @@ from df11.modules import aligned
 from experiments.harness import timing
 
 LAUNCHES = ("eager", "graph")
+# Not cuDNN's, torch's first choice on an H100 or H200: it gives other bits in other runs (docs/footguns.md).
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 GRANULARITIES: dict[str, dict[str, Any]] = {  # of decompression, as in the column `granularity`: arguments of runtime.attach
     "layer": {"granularity": "layer"},
     "block": {"granularity": "block"},
@@ -73,7 +76,8 @@ class Decoder:
         return torch.cat(found, 1)
 
     def _forward(self, ids: torch.Tensor) -> None:
-        logits = self.model(ids, logits_to_keep=1, **{self._keyword: self.cache}).logits[:, -1]
+        with sdpa_kernel(ATTENTION):
+            logits = self.model(ids, logits_to_keep=1, **{self._keyword: self.cache}).logits[:, -1]
         if self.logits.shape == logits.shape:
             self.logits.copy_(logits)  # in place: a graph writes where it was captured
         else:

@@ -1,5 +1,7 @@
 """Step-by-step decoding against transformers' own generate, and models that are made compressed."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,6 +47,21 @@ def test_the_step_before_a_capture_is_taken_back(monkeypatch: pytest.MonkeyPatch
     decoder = Decoder(model, 2, 20, "graph")
     assert torch.equal(decoder.tokens(IDS, 8), Decoder(model, 2, 20).tokens(IDS, 8))
     assert not any(layer.is_sliding for layer in decoder.cache.layers)
+
+
+def test_attention_is_one_that_repeats_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = hf.build(geometry(True), 1, "cpu"), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **named: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    Decoder(model, 2, 20).tokens(IDS, 3)
+    assert len(seen) == 2 * 3 and not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_weights_depend_on_the_seed() -> None:
