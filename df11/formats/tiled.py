@@ -28,6 +28,7 @@ FRAGMENTS = (28, 32, 36, 24, 20, 16, 12, 8)  # of a tile, by preference
 LANES = 32
 ROWS = 16  # of a tile
 TILES_A_TASK = 512
+MATRIX_ARRAYS = ("low", "sign", "stream", "tiles", "patches")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class TiledMatrix:
         """What is stored, by name."""
         if self.raw is not None:
             return {"raw": self.raw}
-        return {name: getattr(self, name) for name in ("low", "sign", "stream", "tiles", "patches")}
+        return {name: getattr(self, name) for name in MATRIX_ARRAYS}
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,14 @@ class Tiled(Codec):
     def check(self, unit: TiledUnit) -> None:
         """Raise FormatError unless sizes, table and indices fit each other. The streams are checked while decoding."""
         table, uppers = unit.code.table, unit.code.uppers
-        expect(table.dtype == np.uint32 and table.shape == (1 << WINDOW,), f"table: expected uint32[{1 << WINDOW}]")
+        _expect_array("table", table, np.uint32, (1 << WINDOW,))
         lengths = table >> 18
         expect(bool((lengths >= 1).all() and (lengths <= WINDOW).all()), "table: a code is not 1 to 12 bits long")
         expect(not (table & 0x38888).any(), "table: a rank is not 0 to 7")
-        expect(uppers.dtype == np.uint8 and uppers.shape == (8,), "uppers: expected uint8[8]")
-        expect(bool((uppers < 128).all()) and uppers[ESCAPE] == 0, "uppers: not seven exponents below 128 and a zero")
+        _expect_array("uppers", uppers, np.uint8, (8,))
+        different = len(set(uppers[:ESCAPE].tolist())) == ESCAPE
+        good = different and bool((uppers < 128).all()) and uppers[ESCAPE] == 0
+        expect(good, "uppers: not seven different exponents below 128 and a zero")
         for matrix in unit.matrices:
             _check(matrix)
 
@@ -218,9 +221,16 @@ def _tensors(chunks: Chunks, shapes: Sequence[tuple[int, ...]]) -> Iterator[tupl
         yield flat, shape
 
 
+def _expect_array(name: str, array: object, dtype: type, shape: tuple[int, ...]) -> None:
+    found = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+    good = isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == shape
+    expect(good, f"{name}: {found}, expected {np.dtype(dtype)}{list(shape)}")
+
+
 def _check(matrix: TiledMatrix) -> None:
+    expect(all(type(d) is int and d >= 0 for d in matrix.shape), f"shape: {matrix.shape} has what is no size")
     if matrix.raw is not None:
-        expect(matrix.raw.dtype == np.uint16 and matrix.raw.shape == (matrix.numel,), f"raw: expected uint16[{matrix.numel}]")
+        _expect_array("raw", matrix.raw, np.uint16, (matrix.numel,))
         return
     f = matrix.fragments
     expect(f in FRAGMENTS and len(matrix.shape) > 1, f"a matrix of shape {list(matrix.shape)} has tiles of {f} fragments")
@@ -229,13 +239,12 @@ def _check(matrix: TiledMatrix) -> None:
     shapes: dict[str, tuple[type, tuple[int, ...]]] = {
         "low": (np.uint8, (count, f // 2, LANES, 16)),
         "sign": (np.uint32, (count, f // 4, LANES)),
-        "stream": (np.uint8, (matrix.stream.size // LANES, LANES)),
+        "stream": (np.uint8, (np.size(matrix.stream) // LANES, LANES)),
         "tiles": (np.uint32, (count + 1, 2)),
-        "patches": (np.uint32, (matrix.patches.size,)),
+        "patches": (np.uint32, (np.size(matrix.patches),)),
     }
     for name, (dtype, shape) in shapes.items():
-        array = getattr(matrix, name)
-        expect(array.dtype == dtype and array.shape == shape, f"{name}: {array.dtype}{list(array.shape)}, expected {list(shape)}")
+        _expect_array(name, getattr(matrix, name), dtype, shape)
     tiles = matrix.tiles.astype(np.int64)
     expect(not tiles[0].any() and bool((np.diff(tiles, axis=0) >= 0).all()), "tiles: not rising from 0")
     expect(tiles[-1, 0] == len(matrix.stream) and tiles[-1, 1] == matrix.patches.size, "tiles: do not end where the data do")
@@ -327,11 +336,13 @@ def _read(  # type: ignore[no-untyped-def]
     table, uppers, low, sign, stream, tiles, patches, rows, columns, fragments, across, first, last, out
 ):
     """Decode tiles first .. last - 1. Returns -1, or the tile whose stream or patches do not fit."""
+    width = 16 * fragments
+    escaped = np.zeros(16 * width, np.bool_)  # of a tile; false again where a patch is
     for tile in range(first, last):
-        top, left = tile // across * 16, tile % across * fragments * 16
+        top, left = tile // across * 16, tile % across * width
         begin, end = tiles[tile, 0], tiles[tile + 1, 0]
         flat_stream = stream.reshape(-1)
-        most = 0
+        most, escapes = 0, 0
         for lane in range(32):
             bit = 0
             for group in range(2 * fragments):
@@ -350,15 +361,19 @@ def _read(  # type: ignore[no-untyped-def]
                         place = 8 * i + 7 - (2 * (fragment & 3) + half)
                         pattern |= np.int64(sign[tile, fragment >> 2, lane] >> np.uint32(place) & np.uint32(1)) << 15
                         out[row * columns + column + i] = pattern
+                        if entry >> 4 * i & 7 == 7:
+                            escaped[(row - top) * width + column - left + i] = True
+                            escapes += 1
             most = max(most, (bit + 7) >> 3)
-        if most != end - begin:
+        if most != end - begin or escapes != tiles[tile + 1, 1] - tiles[tile, 1]:
             return tile
+        before = np.int64(-1)
         for k in range(tiles[tile, 1], tiles[tile + 1, 1]):
-            row, column = (
-                top + np.int64(patches[k] >> np.uint32(28)),
-                left + np.int64(patches[k] >> np.uint32(16) & np.uint32(0xFFF)),
-            )
-            if row >= rows or column >= columns or column >= left + 16 * fragments:
+            at = np.int64(patches[k] >> np.uint32(16))
+            row, column = at >> 12, at & 0xFFF
+            if at <= before or column >= width or not escaped[row * width + column]:
                 return tile
-            out[row * columns + column] = patches[k] & np.uint32(0xFFFF)
+            escaped[row * width + column] = False
+            out[(top + row) * columns + left + column] = patches[k] & np.uint32(0xFFFF)
+            before = at
     return -1

@@ -1,14 +1,16 @@
 """The tiled layout on the CPU: every bit back, from any shape and any pattern, and nothing but FormatError from damaged arrays."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from df11.formats import FormatError
+from df11.formats import FormatError, container
 from df11.formats.tiled import Tiled, TiledUnit, tile_fragments, tile_grid
 from df11.formats.tiled_code import ESCAPE, NONE, WINDOW, make_code, selector
 from df11.tiled_ops import TiledWeight
@@ -19,7 +21,10 @@ FORMAT = Tiled(threads=2)
 
 def check(*tensors: torch.Tensor) -> TiledUnit:
     unit = FORMAT.encode_tensors(tensors)
-    for back in (FORMAT.decode(unit), list(FORMAT.stream(unit))):
+    data = container.pack(unit)
+    unpacked = container.unpack(data)
+    assert isinstance(unpacked, TiledUnit) and container.pack(unpacked) == data
+    for back in (FORMAT.decode(unit), list(FORMAT.stream(unit)), FORMAT.decode(unpacked)):
         assert len(back) == len(tensors)
         for a, b in zip(back, tensors, strict=True):
             assert torch.equal(a.reshape(-1).view(torch.int16), b.reshape(-1).view(torch.int16))
@@ -188,6 +193,67 @@ def test_the_tile_that_does_not_fit_is_named() -> None:
         damaged = replace(unit, checksum="", matrices=(replace(matrix, **changed),))
         with pytest.raises(FormatError, match=rf"tile {tile} of a matrix \[32, 1140\] does not decode"):
             FORMAT.decode(damaged)
+
+
+def test_what_no_encoder_writes_is_refused(sample: TiledUnit) -> None:
+    """Each would give wrong weights, and without a checksum nothing else would tell."""
+    weights = normal(16, 576)
+    weights[0, 3], weights[2, 8] = float("nan"), float("inf")
+    unit = replace(FORMAT.encode_tensors([weights]), checksum="")
+    (matrix,), code = unit.matrices, unit.code
+    patches = matrix.patches
+    assert not refused(unit) and len(patches) > 1
+    swapped, twin, moved = patches.copy(), patches.copy(), patches.copy()
+    swapped[:2], twin[1], moved[0] = patches[1::-1], patches[0], patches[0] + (1 << 16)
+    for changed in (swapped, twin, moved):
+        with pytest.raises(FormatError, match="tile 0"):
+            FORMAT.decode(replace(unit, matrices=(replace(matrix, patches=changed),)))
+    fewer = matrix.tiles - np.array([[0, 0], [0, 1]], np.uint32)
+    assert refused(replace(unit, matrices=(replace(matrix, tiles=fewer, patches=patches[:-1]),)))
+    twice = code.uppers.copy()
+    twice[1] = twice[0]
+    assert refused(replace(unit, code=replace(code, uppers=twice)))
+    for what in (
+        {"low": None},
+        {"stream": [0]},
+        {"patches": 3},
+        {"shape": (16.0, 576)},
+        {"shape": (-16, 576)},
+        {"fragments": None},
+    ):
+        assert refused(replace(unit, matrices=(replace(matrix, **what),))), what
+    assert refused(replace(unit, code=replace(code, table=None)))
+
+
+def test_every_altered_or_truncated_container_is_named(sample: TiledUnit) -> None:
+    unit = replace(sample, matrices=(*sample.matrices, FORMAT.encode_tensors([normal(7)]).matrices[0]))
+    good = container.pack(replace(unit, checksum=""))
+    generator = np.random.default_rng(2)
+    header = 8 + int.from_bytes(good[:8], "little")
+    for at in [*range(header), *generator.integers(header, len(good), 300).tolist()]:
+        bad = bytearray(good)
+        bad[at] ^= 1 << int(generator.integers(8))
+        with pytest.raises(FormatError):
+            container.unpack(bytes(bad))
+    for size in [0, 7, 8, header, *generator.integers(0, len(good), 50).tolist()]:
+        with pytest.raises(FormatError):
+            container.unpack(good[:size])
+
+
+@pytest.mark.parametrize("fragments", [None, [36], [36, 0, 0], [0, 0], [36, True], [32, 0], "36"])
+def test_a_container_with_other_tiles_than_its_arrays_is_refused(sample: TiledUnit, fragments: object) -> None:
+    """With right checksums, as somebody who knows the format could make them."""
+    arrays = {f"0.{name}": array for name, array in sample.matrices[0].arrays.items()}
+    arrays |= {"1.raw": np.zeros(7, np.uint16), "table": sample.code.table, "uppers": sample.code.uppers}
+    for tried, right in ((fragments, False), ([36, 0], True)):
+        header = {"format": "tiled", "version": container.VERSION, "shapes": [[64, 576], [7]], "checksum": "", "fragments": tried}
+        header["stored"] = container._checksum(arrays, header)
+        data = safetensors.numpy.save(arrays, {"df11": json.dumps(header)})
+        if right:
+            assert container.unpack(data)
+        else:
+            with pytest.raises(FormatError):
+                container.unpack(data)
 
 
 def test_noise_is_refused_without_a_checksum(sample: TiledUnit) -> None:
