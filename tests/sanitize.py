@@ -25,11 +25,15 @@ def main() -> int:
         assert weight is not None
         ids = torch.tensor([3, 9, shape[0] // 2], device="cuda")
         found = {"decompress": same_bits(weight.decompress(), weights), "rows": same_bits(weight.rows(ids), weights[ids])}
+        bias = normal(shape[0], device="cuda")
         for batch in (1, 8, 16, 32, 64):
             for wgmma in (True, False):
                 x = normal(batch, shape[1], seed=batch, device="cuda")
-                y, expected = weight.linear(x, wgmma=wgmma).float(), x.float() @ weights.float().T
+                y, expected = weight.linear(x, bias, wgmma).float(), x.float() @ weights.float().T + bias.float()
                 found[f"{batch} rows, wgmma={wgmma}"] = bool((y - expected).norm() < 0.01 * expected.norm())
+                x[0, 5] = float("inf")
+                y, expected = weight.linear(x, bias, wgmma).float(), x.float() @ weights.float().T + bias.float()
+                found[f"{batch} rows with an infinity, wgmma={wgmma}"] = torch.equal(y[0], expected[0])
         torch.cuda.synchronize()
         wrong += [f"{shape}: {name}" for name, right in found.items() if not right]
     print("\n".join(wrong) or "all as expected")

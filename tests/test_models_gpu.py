@@ -79,6 +79,26 @@ def test_bf16_blocks_are_offloaded(llama: tuple[Path, Path], prefetch: bool) -> 
             assert same_bits(model(ids).logits, expected)
 
 
+def test_a_compressed_checkpoint_is_transcoded_on_the_gpu(llama: tuple[Path, Path]) -> None:
+    """To what an original becomes, bit for bit. 1, 8, 20 and 100 rows: fused products of each kind, and decompression."""
+    from df11 import hf
+    from df11.fused import FusedLinear, weights_of
+
+    with torch.inference_mode():
+        original = hf.load(llama[0], "cuda")
+        fused, transcoded = (hf.load(directory, "cuda", mode="fused") for directory in llama)
+        assert not modules.is_compressed(transcoded)
+        layers = [name for name, layer in transcoded.named_modules() if isinstance(layer, FusedLinear)]
+        assert layers == [name for name, layer in fused.named_modules() if isinstance(layer, FusedLinear)] and layers
+        for name, layer in original.named_modules():
+            if type(layer) is torch.nn.Linear:
+                assert same_bits(weights_of(transcoded.get_submodule(name)), layer.weight)
+        for ids in (torch.tensor([[3]]), torch.arange(3, 11)[None], torch.arange(3, 23)[None], torch.arange(3, 103).view(2, 50)):
+            expected, logits = original(ids.cuda()).logits.float(), transcoded(ids.cuda()).logits
+            assert same_bits(fused(ids.cuda()).logits, logits)
+            assert (logits.float() - expected).norm() < 0.02 * expected.norm()
+
+
 def test_a_model_over_cpu_and_gpu(llama: tuple[Path, Path]) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -111,7 +111,7 @@ def test_all_patterns() -> None:
     assert same_bits(weight.rows(torch.arange(2048, 2304, device="cuda")), everything)
 
 
-@pytest.mark.parametrize("more", [9, 20, 50])
+@pytest.mark.parametrize("more", [3, 9, 20, 50])
 @pytest.mark.parametrize("columns", [300, 4096])
 @pytest.mark.parametrize("values", [["inf"], ["-inf", "inf"], ["nan"]])
 def test_activations_that_are_not_finite(columns: int, values: list[str], more: int) -> None:
@@ -128,12 +128,13 @@ def test_activations_that_are_not_finite(columns: int, values: list[str], more: 
     whole = ~torch.isnan(expected)
     assert torch.equal(y[whole], expected[whole])  # infinities
     several = torch.cat([normal(2, columns, seed=3), x, normal(more, columns, seed=4)])
-    among = encode(weights).linear(several).float()
-    assert torch.equal(torch.isnan(among[2]), torch.isnan(expected))
-    assert torch.equal(among[2][whole], expected[whole])
     rest = several.float() @ weights.float().T
     others = torch.arange(len(rest)) != 2
-    assert (among - rest)[others].nan_to_num(0, 0, 0).norm() < 0.01 * rest[others].nan_to_num(0, 0, 0).norm()
+    for wgmma in (True, False):
+        among = encode(weights).linear(several, wgmma=wgmma).float()
+        assert torch.equal(torch.isnan(among[2]), torch.isnan(expected))
+        assert torch.equal(among[2][whole], expected[whole])
+        assert (among - rest)[others].nan_to_num(0, 0, 0).norm() < 0.01 * rest[others].nan_to_num(0, 0, 0).norm()
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64])
