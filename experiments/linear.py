@@ -30,7 +30,7 @@ from experiments.harness.api import Need, Point
 AXES = ("rows", "columns", "batch_size")
 STD = 0.02
 LIBRARIES = ("cublas", "cublaslt")
-DRAWS = 16  # of rows of x, for the error
+DRAWS = 16  # of x, for the error
 MOST_ERROR = 1.05  # of cuBLAS's; more is said
 LEAST_LAUNCHES = 24  # in a graph
 ENCODER_BYTES = 2 << 30  # beside input and result
@@ -108,7 +108,7 @@ def measure(cfg: Config, matrix: Matrix, batch_size: int) -> Iterator[dict[str, 
         bits = 8 * tiled.nbytes / weights.numel()
         yield {"codec": "tiled", "metric": "bits_per_weight", "value": bits, "unit": "bits"}
         if batch_size <= dispatch.MOST_FUSED:
-            xs = torch.stack([normal(cfg, 1 + draw, batch_size, columns) for draw in range(-(-DRAWS // batch_size))])
+            xs = torch.stack([normal(cfg, 1 + draw, batch_size, columns) for draw in range(DRAWS)])
             error = fused_error(tiled, weights, xs, baselines[0])
             if error > MOST_ERROR:
                 print(f"{rows} x {columns}: the RMS error of fused products is {error:.3f} of cuBLAS's", file=sys.stderr)
