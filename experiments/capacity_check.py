@@ -1,8 +1,8 @@
 """The largest model on one GPU, really run: built and compressed in place tensor by tensor, decoding at a long context.
 
 BF16's side: the tensors of the uncompressed model are allocated (nothing is computed with them), then a cache until none is left.
-DF11's side: a static cache is filled with random keys and values, tokens are decoded behind them, and the longest context is
-searched by trial. On a CPU only the decoding is measured: its memory has no such end.
+DF11's side, then the same in mode=fused: a static cache is filled with random keys and values, tokens are decoded behind them, and
+the longest context is searched by trial. On a CPU only the decoding is measured: its memory has no such end.
 """
 
 from __future__ import annotations
@@ -25,39 +25,53 @@ from experiments.harness.api import Need, Point
 AXES = ("granularity", "context_tokens")
 CHUNK = 256  # tokens, of the cache that BF16 has no room for
 RESOLUTION = 100  # of the longest context: this part of it
+IDENTITIES = {  # of a mode
+    "exact": {"codec": "dfloat11", "kernel": "fast"},
+    "fused": {"codec": "tiled", "kernel": "tiled", "mode": "fused"},
+}
 
 
 def preflight(cfg: Config) -> Iterable[Need]:
     size = sum(t.nbytes for t in hf.tensor_shapes(cfg.model.geometry))
-    held = int(0.69 * size) + hf.cache_bytes(cfg.model.geometry, max(cfg.bench.lengths)) + cfg.bench.reserve_bytes
+    held = int(0.7 * size) + hf.cache_bytes(cfg.model.geometry, max(cfg.bench.lengths)) + cfg.bench.reserve_bytes
     gpu_memory = held if cfg.device.name == "cuda" else 0
-    return [Need("the compressed model", memory=held - gpu_memory, gpu_memory=gpu_memory, minutes=3)]
+    return [Need("the compressed model", memory=held - gpu_memory, gpu_memory=gpu_memory, minutes=1 + 2 * len(cfg.bench.modes))]
 
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
-    on_gpu, bench, weights = cfg.device.name == "cuda", cfg.bench, budget.weights(cfg.model)
+    bench, weights = cfg.bench, budget.weights(cfg.model)
     unknown = set(bench.granularities) - set(GRANULARITIES)
     if unknown or not bench.lengths:
         raise ValueError(f"bench.granularities={bench.granularities}: choose from {', '.join(GRANULARITIES)}, with bench.lengths")
-    if on_gpu and "bf16" not in done:
+    if not set(bench.modes) <= set(IDENTITIES):
+        raise ValueError(f"bench.modes={bench.modes}: choose from {', '.join(IDENTITIES)}")
+    if cfg.device.name == "cuda" and "bf16" not in done:
         yield Point("bf16", [{"weights": weights, "codec": "bf16"} | row for row in until_full(cfg)])
+    for mode in bench.modes:
+        yield from compressed(cfg, done, mode)
+
+
+def compressed(cfg: Config, done: Mapping[str, list[dict[str, Any]]], mode: str) -> Iterator[Point]:
+    """The compressed model's side in a mode. Its model is let go at the end: there is no room for two."""
+    on_gpu, bench = cfg.device.name == "cuda", cfg.bench
     launches = bench.launches if on_gpu else ["eager"]
-    runs = [(g, launch, tokens) for g in bench.granularities for tokens in bench.lengths for launch in launches]
+    granularities = bench.granularities if mode == "exact" else ["-"]
+    runs = [(g, launch, tokens) for g in granularities for tokens in bench.lengths for launch in launches]
     runs = [point for point in runs if ", ".join(map(str, point)) not in done]
-    searches = [g for g in bench.granularities if on_gpu and f"longest, {g}" not in done]
+    searches = [g for g in granularities if on_gpu and f"longest, {g}" not in done]
     if not runs and not searches:
         return
     start = time.perf_counter()
-    model = budget.build(cfg, "dfloat11")
+    identity = {"weights": budget.weights(cfg.model)} | IDENTITIES[mode] | ({} if on_gpu else {"kernel": "cpu"})
+    model = budget.build(cfg, identity["codec"])
     about = budget.about(cfg) | {"build_seconds": round(time.perf_counter() - start, 1)}
-    identity = {"weights": weights, "codec": "dfloat11", "kernel": "fast" if on_gpu else "cpu"}
     for granularity, launch, tokens in runs:
-        runtime.attach(model, **GRANULARITIES[granularity])
+        runtime.attach(model, **GRANULARITIES.get(granularity, {}))
         fixed = identity | {"granularity": granularity, "launch": launch, "context_tokens": tokens}
         rows = [fixed | row for row in decoding(model, cfg, launch, tokens)]
         yield Point(f"{granularity}, {launch}, {tokens}", rows, about)
     for granularity in searches:
-        workspace = runtime.attach(model, **GRANULARITIES[granularity])
+        workspace = runtime.attach(model, **GRANULARITIES.get(granularity, {}))
         fixed = identity | {"granularity": granularity, "launch": "eager"}
         yield Point(f"longest, {granularity}", [fixed | row for row in longest(model, cfg, workspace)], about)
 

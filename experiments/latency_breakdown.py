@@ -1,7 +1,8 @@
 """Fig. 6: where the time goes: embedding, one transformer block and lm_head, each forward and each decompression apart.
 
 Only these three are built. A batch is one sequence of so many tokens, without a cache. On a GPU both are CUDA graphs, so that
-launching from Python is not counted. The decompressed bits are compared with the weights before anything is timed.
+launching from Python is not counted. In mode=fused decompression is part of the forward: codec tiled, its own `forward_ms`. The
+decompressed bits are compared with the weights before anything is timed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from df11 import hf, modules, released
+from df11 import checkpoint, fused, hf, modules, released
 from experiments import budget
 from experiments.config import Config
 from experiments.decoding import decompression
@@ -21,13 +22,15 @@ from experiments.harness.api import Need, Point
 
 AXES = ("component", "batch_size")
 
-Works = dict[tuple[str, str], Callable[[], object]]  # component, kernel (`-`: the forward)
+Key = tuple[str, str, str]  # component, codec (`dfloat11`: decompression alone, the others: the forward), kernel
+Works = dict[Key, Callable[[], object]]
 
 
 def preflight(cfg: Config) -> Iterable[Need]:
     shapes = hf.tensor_shapes(one_block(cfg))
     logits = 2 * max(cfg.bench.batch_sizes) * max(t.shape[0] for t in shapes)
-    held = 3 * sum(t.nbytes for t in shapes) + 2 * logits + timing.FLUSH_BYTES
+    models = 1 + len(cfg.bench.modes)
+    held = int(1.5 * models * sum(t.nbytes for t in shapes)) + models * logits + timing.FLUSH_BYTES
     gpu_memory = held if cfg.device.name == "cuda" else 0
     return [Need("embedding, one block, lm_head", memory=2 * held - gpu_memory, gpu_memory=gpu_memory, minutes=1)]
 
@@ -42,20 +45,26 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
     missing = {f"{tokens} tokens": tokens for tokens in cfg.bench.batch_sizes if f"{tokens} tokens" not in done}
     if not missing:
         return
-    weights, on_gpu = budget.weights(cfg.model), cfg.device.name == "cuda"
+    weights, on_gpu, modes = budget.weights(cfg.model), cfg.device.name == "cuda", cfg.bench.modes
+    if not set(modes) <= set(checkpoint.MODES):
+        raise ValueError(f"bench.modes={modes}: choose from {', '.join(checkpoint.MODES)}")
     model = hf.build(one_block(cfg), cfg.seed, cfg.device.name)
-    compressed = hf.build(one_block(cfg), cfg.seed, cfg.device.name, modules.compress_own_)
-    parts = components(model)
-    decoders = decompressors(cfg, parts, components(compressed))
+    models = {("bf16", "-"): model}
+    decoders: Works = {}
+    if "exact" in modes:
+        compressed = hf.build(one_block(cfg), cfg.seed, cfg.device.name, modules.compress_own_)
+        decoders = decompressors(cfg, components(model), components(compressed))
+    if "fused" in modes:
+        models["tiled", "tiled" if on_gpu else "cpu"] = fused_like(model, cfg)
     for key, tokens in missing.items():
         ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(cfg.seed))
-        works: Works = {(name, "-"): call for name, call in forwards(model, parts, ids.to(cfg.device.name)).items()}
-        seconds = measure(cfg, works | decoders)
+        ids = ids.to(cfg.device.name)
+        works: Works = {(name, *how): call for how, one in models.items() for name, call in forwards(one, ids).items()}
         rows = []
-        for (component, kernel), samples in seconds.items():
+        for (component, codec, kernel), samples in measure(cfg, works | decoders).items():
             identity = {"weights": weights, "launch": "graph" if on_gpu else "eager", "batch_size": tokens}
-            identity |= {"component": component, "kernel": kernel, "codec": "bf16" if kernel == "-" else "dfloat11"}
-            metric = "forward_ms" if kernel == "-" else "decompression_ms"
+            identity |= {"component": component, "codec": codec, "kernel": kernel, "mode": "fused" if codec == "tiled" else "-"}
+            metric = "decompression_ms" if codec == "dfloat11" else "forward_ms"
             rows += [
                 identity | {"metric": metric, "value": 1e3 * value, "unit": "ms", "repeat": repeat}
                 for repeat, value in enumerate(samples)
@@ -83,29 +92,42 @@ def decompressors(cfg: Config, parts: dict[str, torch.nn.Module], compressed: di
             for view, (_, original) in zip(views, found, strict=True):
                 if not torch.equal(view.view(torch.int16), original.detach().view(-1).view(torch.int16)):
                     raise ValueError(f"{component}, {kernel}: the weights do not come back bit for bit")
-            works[component, kernel] = work
+            works[component, "dfloat11", kernel] = work
     return works
 
 
+def fused_like(model: Any, cfg: Config) -> Any:
+    """The same model in mode=fused. Raises ValueError where a bit is not the original's."""
+    made = hf.build(one_block(cfg), cfg.seed, cfg.device.name)
+    fused.fuse_(made)
+    for name, module in made.named_modules():
+        if (weights := fused.weights_of(module)) is not None:
+            original = model.get_submodule(name).weight.detach()
+            if not torch.equal(weights.view(torch.int16), original.view(torch.int16)):
+                raise ValueError(f"{name}, tiled: the weights do not come back bit for bit")
+    return made
+
+
 @torch.inference_mode()
-def forwards(model: Any, parts: dict[str, torch.nn.Module], ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+def forwards(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Each component's forward on what it gets in the model's forward of int64 [1, tokens]."""
     calls: dict[str, Callable[[], object]] = {}
 
     def remember(name: str) -> Any:
         def hook(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            calls[name] = torch.inference_mode()(lambda: module.forward(*arguments, **named))
+            calls[name] = torch.inference_mode()(lambda: module(*arguments, **named))
 
         return hook
 
-    handles = [part.register_forward_pre_hook(remember(name), with_kwargs=True) for name, part in parts.items()]
+    parts = components(model).items()  # prepended: a fused embedding's hook changes the ids
+    handles = [part.register_forward_pre_hook(remember(name), prepend=True, with_kwargs=True) for name, part in parts]
     model(ids, use_cache=False)
     for handle in handles:
         handle.remove()
     return calls
 
 
-def measure(cfg: Config, works: Works) -> dict[tuple[str, str], list[float]]:
+def measure(cfg: Config, works: Works) -> dict[Key, list[float]]:
     warmup, repeats = cfg.bench.warmup, cfg.bench.repeats
     if cfg.device.name == "cpu":
         return {name: timing.wall_clock(work, warmup, repeats) for name, work in works.items()}
@@ -114,8 +136,8 @@ def measure(cfg: Config, works: Works) -> dict[tuple[str, str], list[float]]:
 
 
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
-    """Median milliseconds, a line a component and batch, a column the forward and each kernel."""
-    names = rows["kernel"].where(rows["metric"] == "decompression_ms", "forward")
+    """Median milliseconds, a line a component and batch, a column the forward, the fused one and each kernel."""
+    names = rows["kernel"].where(rows["metric"] == "decompression_ms", "forward").mask(rows["mode"] == "fused", "forward, fused")
     wide = rows.assign(name=names).pivot_table(
         index=["component", "batch_size"], columns="name", values="value", aggfunc="median", sort=False
     )

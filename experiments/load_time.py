@@ -1,8 +1,10 @@
 """From the start of loading to the first token: a BF16 checkpoint against the same model's compressed one (not in the paper).
 
-Each measurement is a fresh process (experiments/first_token.py), the two checkpoints in turns; kernels are built before. `cache` is
-the system's page cache: `warm`, the files were read just before; `cold`, they were written back and dropped from it (fsync, then
-POSIX_FADV_DONTNEED). What a disk or a hypervisor caches itself stays: `read_s`, a plain read of the cold files, says how fast.
+The compressed one is loaded as it is, and in mode=fused: transcoded on the device (codec tiled; its `file_bytes` and `read_s` are
+those of the compressed files). Only there the first token may be another. Each measurement is a fresh process
+(experiments/first_token.py), all of them in turns; kernels are built before. `cache` is the system's page cache: `warm`, the files
+were read just before; `cold`, they were written back and dropped from it (fsync, then POSIX_FADV_DONTNEED). What a disk or a
+hypervisor caches itself stays: `read_s`, a plain read of the cold files, says how fast.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ FILES = ("first_token.py",)
 ROOT = Path(__file__).parents[1]
 SHARD = "5GB"
 TIMES = ("import_s", "load_s", "first_token_s")
+CODECS = {"exact": ("dfloat11", "fast"), "fused": ("tiled", "tiled")}  # of a compressed checkpoint's mode: codec, kernel
+
+Loaded = tuple[Path, str]  # directory, mode
 
 
 def inputs(cfg: Config) -> object:
@@ -40,32 +45,40 @@ def preflight(cfg: Config) -> Iterable[Need]:
     size = sum(t.nbytes for t in needs.tensors_of(cfg.model))
     disk = int(0.7 * size) + (size if cfg.model.source == "synthetic" else 0)
     gpu_memory = int(1.1 * size) if cfg.device.name == "cuda" else 0
-    minutes = (2 + 4 * cfg.bench.repeats) * size / 1e9 / 60 + cfg.bench.repeats
+    loads = 2 * (1 + len(cfg.bench.modes)) * cfg.bench.repeats
+    minutes = (2 + loads) * size / 1e9 / 60 + loads / 4
     both = Need("both checkpoints", disk, cfg.cache, "cache_dir", memory=size, gpu_memory=gpu_memory, minutes=minutes)
     return [needs.compression(cfg), both]
 
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
-    if cfg.device.name == "cuda":
+    on_gpu, modes = cfg.device.name == "cuda", cfg.bench.modes
+    if not set(modes) <= set(CODECS):
+        raise ValueError(f"bench.modes={modes}: choose from {', '.join(CODECS)}")
+    if on_gpu:
         unit = ops.encode([torch.zeros(8, 8, dtype=torch.bfloat16, device="cuda")])
         unit.decompress(torch.empty(64, dtype=torch.bfloat16, device="cuda"))  # builds the kernels
     with needs.scratch(cfg) as scratch:
         original, weights, about = bf16(cfg, Path(scratch) / "bf16")
         compressed = Path(scratch) / "dfloat11"
-        identity = {"weights": weights, "mode": "exact"}
+        codecs = {(original, "exact"): ("bf16", "-")} | {(compressed, mode): CODECS[mode] for mode in modes}
         identities = {
-            original: identity | {"codec": "bf16", "kernel": "-"},
-            compressed: identity | {"codec": "dfloat11", "kernel": "fast" if cfg.device.name == "cuda" else "cpu"},
+            one: {"weights": weights, "codec": codec, "kernel": kernel if on_gpu or codec == "bf16" else "cpu", "mode": one[1]}
+            for one, (codec, kernel) in codecs.items()
         }
         made = list(compress(original, compressed))
         if "files" not in done:
-            rows = [identities[compressed] | {"kernel": "cpu"} | row for row in made]
-            rows += [one | {"metric": "file_bytes", "value": size(path), "unit": "bytes"} for path, one in identities.items()]
+            rows = [{"weights": weights, "codec": "dfloat11", "kernel": "cpu", "mode": "exact"} | row for row in made]
+            rows += [
+                fixed | {"metric": "file_bytes", "value": size(path), "unit": "bytes"} for (path, _), fixed in identities.items()
+            ]
             yield Point("files", rows, about)
+        if on_gpu and "fused" in modes:
+            measure(compressed, "cuda", "fused")  # builds kernels, and times which way layers are computed: kept for the others
         for repeat in range(cfg.bench.repeats):
             if f"turn {repeat}" not in done:
                 measured = turn(list(identities), cfg.device.name)
-                yield Point(f"turn {repeat}", [identities[path] | {"repeat": repeat} | row for path, row in measured], about)
+                yield Point(f"turn {repeat}", [identities[one] | {"repeat": repeat} | row for one, row in measured], about)
 
 
 def bf16(cfg: Config, directory: Path) -> tuple[Path, str, dict[str, Any]]:
@@ -93,28 +106,31 @@ def compress(original: Path, compressed: Path) -> Iterator[dict[str, Any]]:
     yield {"metric": "verify_s", "value": time.perf_counter() - start, "unit": "s"}
 
 
-def turn(directories: list[Path], device: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Each directory once warm and once cold. Raises ValueError where their first tokens differ."""
+def turn(loaded: list[Loaded], device: str) -> list[tuple[Loaded, dict[str, Any]]]:
+    """Each once warm and once cold. Raises ValueError where first tokens of mode=exact differ."""
     rows, tokens = [], set()
-    for directory in directories:
+    for directory, mode in loaded:
+        one = directory, mode
         drop(directory)
         seconds = read(directory)
-        rows.append((directory, {"cache": "cold", "metric": "read_s", "value": seconds, "unit": "s"}))
+        rows.append((one, {"cache": "cold", "metric": "read_s", "value": seconds, "unit": "s"}))
         for cache in ("warm", "cold"):
             if cache == "cold":
                 drop(directory)
-            measured = measure(directory, device)
-            tokens.add(measured["token"])
+            measured = measure(directory, device, mode)
+            tokens |= {measured["token"]} if mode == "exact" else set()
             times = {name: measured[name] for name in TIMES} | {"total_s": measured["load_s"] + measured["first_token_s"]}
             axes = {"cache": cache, "launch": "eager", "unit": "s"}
-            rows += [(directory, axes | {"metric": name, "value": value}) for name, value in times.items()]
+            rows += [(one, axes | {"metric": name, "value": value}) for name, value in times.items()]
+            if peak := measured.get("peak_memory_bytes"):
+                rows.append((one, axes | {"metric": "peak_memory_bytes", "value": peak, "unit": "bytes"}))
     if len(tokens) > 1:
         raise ValueError(f"the first token is not the same from each checkpoint: {sorted(tokens)}")
     return rows
 
 
-def measure(directory: Path, device: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "experiments.first_token", str(directory.resolve()), device]
+def measure(directory: Path, device: str, mode: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "experiments.first_token", str(directory.resolve()), device, mode]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

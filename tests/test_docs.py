@@ -186,7 +186,8 @@ def claims_of_the_readme() -> Iterator[str]:
     alone = alone[[int(rows) * int(columns) >= 10**8 for rows, columns in alone.index]]
     yield f"of 100 million weights and more | {span(most, 0)} GB/s of bf16 in a CUDA graph, {span(alone, 0)} launched alone |"
 
-    (decoded,) = values("capacity_check", ["context_tokens"], gpu=H200, launch="graph", metric="tokens_per_s").items()
+    exact = {"codec": "dfloat11", "launch": "graph", "gpu": H200}
+    (decoded,) = values("capacity_check", ["context_tokens"], **exact, metric="tokens_per_s").items()
     longest = values("capacity_check", ["codec"], gpu=H200, metric="longest_context").astype(int)
     yield f"decodes at {int(decoded[0]):,} tokens of context ({decoded[1]:.1f} tokens/s)"
     yield f" and up to {longest['dfloat11']:,}; BF16 leaves room for {longest['bf16']:,} |"

@@ -58,7 +58,9 @@ def checks(results: Path) -> list[str]:
     for (model, gpu, codec, granularity), own in rows.groupby(["model", "gpu", "codec", "granularity"], sort=False):
         values = own.groupby("metric")["value"].median()
         if "longest_context" in values:
-            by = "" if granularity == "-" else f" by {granularity}, predicted {shorten(values['predicted_longest_context'])}"
+            by = "" if granularity == "-" else f" by {granularity}"
+            if "predicted_longest_context" in values:
+                by += f", predicted {shorten(values['predicted_longest_context'])}"
             lines.append(f"tried on {gpu}: {model}, {codec}{by}: {shorten(values['longest_context'])} tokens at most")
     return lines
 

@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.figures.style import BLUE, GREY, VERMILLION, load, one, published
+from experiments.figures.style import BLUE, GREY, PURPLE, VERMILLION, load, one, published
 
-CODECS = {"bf16": ("BF16", VERMILLION), "dfloat11": ("DFloat11", BLUE)}
+CODECS = {"bf16": ("BF16", VERMILLION), "dfloat11": ("DFloat11", BLUE), "tiled": ("tiled, fused", PURPLE)}
+PUBLISHED = {"bf16": "bf16_tokens", "dfloat11": "df11_tokens"}
 
 
 def draw(results: Path) -> Figure:
@@ -23,6 +24,8 @@ def draw(results: Path) -> Figure:
         own = one(rows, model=model, weights=weights, gpu=gpu, memory_mib=memory)
         most = {}
         for codec, (label, colour) in CODECS.items():
+            if codec not in set(own["codec"]):
+                continue
             value = own[(own["codec"] == codec) & (own["tokens"] == "-")].set_index("metric")["value"]
             peak = one(own, codec=codec, metric="process_peak_bytes").astype({"tokens": int}).sort_values("tokens")
             context = one(own, codec=codec, metric="context_bytes")["value"].max()
@@ -33,14 +36,15 @@ def draw(results: Path) -> Figure:
             axis.plot(at, (start + at * value["kv_bytes_per_token"]) / 1e9, ":", color=colour)
         axis.axhline(int(memory) * 2**20 / 1e9, color=GREY, linewidth=0.8)
         what = model if model.endswith("_synthetic") else f"{model} ({weights})"
-        axis.set_title(f"Measured, {what}\n{gpu}, {memory} MiB: {most['dfloat11'] / most['bf16']:.1f} times as many", fontsize=7)
+        more = f": {most['dfloat11'] / most['bf16']:.1f} times as many" if {"dfloat11", "bf16"} <= most.keys() else ""
+        axis.set_title(f"Measured, {what}\n{gpu}, {memory} MiB{more}", fontsize=7)
         axis.set(xlabel="tokens (dotted: predicted)", ylabel="GB of GPU memory")
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.legend(fontsize=6, loc="lower right")
     axis = axes[0][-1]
     at = np.arange(len(paper))
-    for shift, (codec, (label, colour)) in zip((-0.2, 0.2), CODECS.items(), strict=True):
-        counts = paper["bf16_tokens" if codec == "bf16" else "df11_tokens"]
+    for shift, (codec, column) in zip((-0.2, 0.2), PUBLISHED.items(), strict=True):
+        (label, colour), counts = CODECS[codec], paper[column]
         axis.barh(at + shift, counts, 0.38, color=colour, label=label)
         for y, count in zip(at + shift, counts, strict=True):
             axis.text(count, y, f" {count:,}", va="center", fontsize=6)

@@ -7,13 +7,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, load, one
+from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, load, one
 
-KERNELS = {
-    "fast": ("decompression, fast kernel", BLUE),
-    "paper": ("decompression, the paper's algorithm", GREEN),
-    "released": ("decompression, released kernel", ORANGE),
-    "cpu": ("decompression, CPU", BLUE),
+CURVES = {  # metric, kernel: label, colour
+    ("forward_ms", "tiled"): ("forward, fused", PURPLE),
+    ("forward_ms", "cpu"): ("forward, fused, CPU", PURPLE),
+    ("decompression_ms", "fast"): ("decompression, fast kernel", BLUE),
+    ("decompression_ms", "paper"): ("decompression, the paper's algorithm", GREEN),
+    ("decompression_ms", "released"): ("decompression, released kernel", ORANGE),
+    ("decompression_ms", "cpu"): ("decompression, CPU", BLUE),
 }
 
 
@@ -27,9 +29,9 @@ def draw(results: Path) -> Figure:
         median = own.groupby(["metric", "kernel", "batch_size"])["value"].median()
         forward = median["forward_ms", "-"]
         axis.plot(forward.index, forward, color=GREY, marker=".", label="forward, BF16 weights")
-        for kernel, (label, colour) in KERNELS.items():
-            if ("decompression_ms", kernel) in median.index.droplevel("batch_size"):
-                curve = median["decompression_ms", kernel]
+        for which, (label, colour) in CURVES.items():
+            if which in median.index.droplevel("batch_size"):
+                curve = median[which]
                 axis.plot(curve.index, curve, color=colour, marker=".", label=label)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=component)
     axes[0][0].set_ylabel("ms")

@@ -201,8 +201,28 @@ def test_offload_with_a_budget(config: Configure, gpu: None, tmp_path: Path) -> 
 def test_generation_length_decodes_the_same(config: Configure) -> None:
     table = rows(config, *LENGTHS, "device=cpu")
     digests = table[table["metric"].str.endswith("crc32")]
-    assert len(digests) == 2 * 3 * 2 and (digests.groupby(["metric", "tokens"])["value"].nunique() == 1).all()
+    assert len(digests) == 3 * 3 * 2
+    exact = digests[digests["mode"] == "exact"]
+    assert set(exact["codec"]) == {"bf16", "dfloat11"} and (exact.groupby(["metric", "tokens"])["value"].nunique() == 1).all()
+    tiled = table[table["codec"] == "tiled"]
+    assert set(tiled[["mode", "kernel", "granularity"]].itertuples(index=False, name=None)) == {("fused", "cpu", "-")}
+    stored = table[table["metric"] == "weight_bytes"].set_index("codec")["value"]
+    assert stored["dfloat11"] != stored["tiled"] < 0.8 * stored["bf16"]
     assert set(table[table["tokens"] != "-"]["cache"]) == {"filled"} and "max_tokens" not in set(table["metric"])
+
+
+def test_generation_length_compares_what_is_exact(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = typed(config, *LENGTHS, "device=cpu")
+    begun = points(generation_length, cfg)
+    for changed in ("tiled", "dfloat11"):
+        (row,) = (row for row in begun[changed] if (row["metric"], row.get("tokens")) == ("logits_crc32", 64))
+        row["value"] += 1
+        if changed == "tiled":
+            assert not list(generation_length.run(cfg, begun))
+    with pytest.raises(ValueError, match="logits differ between codecs after 64 tokens"):
+        list(generation_length.run(cfg, begun))
+    cfg.bench.codecs = ["tiled"]
+    assert list(points(generation_length, cfg)) == ["tiled"]
 
 
 def test_a_filled_cache_decodes_as_transformers_own(config: Configure) -> None:
@@ -240,10 +260,10 @@ def test_generation_length_finds_where_memory_ends(
     """The card takes weights, buffers, 1 MB and the cache."""
     cfg = typed(config, *LENGTHS, "bench.lengths=[16,64,192,512]", "device=cuda", "bench.memory_mib=34")
     decode, kv = generation_length.decode, Sizes.of(cfg.model).kv_per_token
-    most = {"bf16": 320, "dfloat11": 384}
+    most = {"bf16": 320, "dfloat11": 384, "tiled": 448}
 
     def decode_or_fail(model: torch.nn.Module, cfg: Config, tokens: int, limits: Budget | None = None) -> Any:
-        own = most["dfloat11" if hf.compressed_parameters(model.lm_head) else "bf16"]
+        own = most["tiled" if hf.is_fused(model) else "dfloat11" if hf.compressed_parameters(model.lm_head) else "bf16"]
         if tokens > own:
             raise torch.cuda.OutOfMemoryError("full")
         Card.peak = Budget(34 * MIB, 0).limit - (own - tokens) * kv
@@ -255,9 +275,15 @@ def test_generation_length_finds_where_memory_ends(
     for codec, expected in most.items():
         own = table[(table["codec"] == codec) & (table["tokens"] == "-")].set_index("metric")["value"]
         assert own["max_tokens"] == own["predicted_tokens"] == expected
-    assert set(table["tokens"]) == {"-", "16", "64", "192", "320", "384"}
-    assert generation_length.table(table, cfg).set_index("codec")["times_bf16"]["dfloat11"] == 1.2
+    assert set(table["tokens"]) == {"-", "16", "64", "192", "320", "384", "448"}
+    assert dict(generation_length.table(table, cfg).set_index("codec")["times_bf16"]) == {"bf16": 1, "dfloat11": 1.2, "tiled": 1.4}
+    labels = [line.get_label() for line in generation_length_figure.draw(folder).axes[0].get_lines()]
+    assert "tiled, fused: 448 tokens" in labels
     drawn(generation_length_figure.draw, folder, tmp_path / "generation_length")
+    alone = table[table["codec"] == "tiled"]
+    assert "times_bf16" not in generation_length.table(alone, cfg)
+    (folder / "generation_length.csv").write_text(store.to_csv(alone.to_dict("records"), list(alone)))
+    drawn(generation_length_figure.draw, folder, tmp_path / "alone")
 
 
 @pytest.mark.parametrize(
@@ -265,6 +291,8 @@ def test_generation_length_finds_where_memory_ends(
     [
         (["bench.lengths=[64,16]"], "ascending"),
         (["bench.batch_size=[1,2]"], "one sequence"),
+        (["bench.codecs=[dfloat]"], "did you mean 'dfloat11'"),
+        (["bench.codecs=[]"], "there are bf16, dfloat11, tiled"),
         (["model=gemma3_4b_synthetic"], "sliding window"),
         (["device=cuda", "bench.memory_mib=0"], "the budget"),
     ],

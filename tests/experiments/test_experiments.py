@@ -171,13 +171,34 @@ def test_load_time(rows: Callable[..., pd.DataFrame], monkeypatch: pytest.Monkey
         monkeypatch.setattr(load_time, "measure", first_token.measure)  # in this process
     table = rows("experiment=load_time", "bench.repeats=2")
     timed = table[table["metric"] == "total_s"]
-    assert sorted(zip(timed["codec"], timed["cache"], timed["repeat"], strict=True)) == [
-        (codec, cache, repeat) for codec in ("bf16", "dfloat11") for cache in ("cold", "warm") for repeat in ("0", "1")
+    assert sorted(zip(timed["codec"], timed["mode"], timed["cache"], timed["repeat"], strict=True)) == [
+        (codec, mode, cache, repeat)
+        for codec, mode in (("bf16", "exact"), ("dfloat11", "exact"), ("tiled", "fused"))
+        for cache in ("cold", "warm")
+        for repeat in ("0", "1")
     ]
     assert (timed["value"] > 0).all()
     sizes = table[table["metric"] == "file_bytes"].set_index("codec")["value"]
-    assert 0.6 < sizes["dfloat11"] / sizes["bf16"] < 0.75
+    assert 0.6 < sizes["dfloat11"] / sizes["bf16"] < 0.75 and sizes["tiled"] == sizes["dfloat11"]
     assert set(table["metric"]) > {"import_s", "load_s", "first_token_s", "read_s", "compress_s", "compress_gb_per_s", "verify_s"}
+
+
+def test_load_time_wants_one_first_token_of_what_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def measure(directory: Path, device: str, mode: str) -> dict[str, Any]:
+        asked.append(mode)
+        return dict.fromkeys(load_time.TIMES, 1.0) | {"token": tokens[mode], "peak_memory_bytes": 7}
+
+    monkeypatch.setattr(load_time, "measure", measure)
+    loaded = [(tmp_path, "exact"), (tmp_path, "fused")]
+    tokens = {"exact": 1, "fused": 2}
+    found = load_time.turn(loaded, "cpu")
+    assert {one for one, _ in found} == {*loaded} and asked == ["exact"] * 2 + ["fused"] * 2
+    assert [row["value"] for _, row in found if row["metric"] == "peak_memory_bytes"] == [7] * 4
+    monkeypatch.setattr(load_time, "measure", lambda *which: measure(*which) | {"token": len(asked)})
+    with pytest.raises(ValueError, match="the first token is not the same"):
+        load_time.turn(loaded, "cpu")
 
 
 def test_load_time_makes_synthetic_checkpoints(config: Callable[..., DictConfig], tmp_path: Path) -> None:

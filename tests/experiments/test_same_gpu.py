@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ from accelerate import infer_auto_device_map
 from omegaconf import DictConfig
 
 from df11 import hf
-from experiments import capacity_check, paper, same_gpu
+from experiments import capacity_check, first_token, latency_breakdown, load_time, paper, same_gpu
 from experiments.config import Config
 from experiments.decoding import Decoder
 from experiments.figures import capacity as capacity_figure
@@ -52,10 +53,27 @@ def drawn(draw: Callable[[Path], object], folder: Path) -> None:
 
 def test_latency_breakdown(rows: Callable[..., pd.DataFrame], tmp_path: Path) -> None:
     table = rows("latency_breakdown", "bench.batch_size=[1,9]", "bench.repeats=2")
-    assert len(table) == 3 * 2 * 2 * 2 and (table["value"] > 0).all()
+    assert len(table) == 3 * 3 * 2 * 2 and (table["value"] > 0).all()
     assert set(table["component"]) == {"embedding", "block", "lm_head"} and set(table["batch_size"]) == {"1", "9"}
-    assert set(zip(table["metric"], table["kernel"], strict=True)) == {("forward_ms", "-"), ("decompression_ms", "cpu")}
+    measured = {("bf16", "-", "-", "forward_ms"), ("dfloat11", "-", "cpu", "decompression_ms")}
+    measured.add(("tiled", "fused", "cpu", "forward_ms"))
+    assert set(table[["codec", "mode", "kernel", "metric"]].itertuples(index=False, name=None)) == measured
+    assert {*latency_breakdown.table(table, None)} == {"component", "batch_size", "forward", "forward, fused", "cpu"}
+    assert "forward, fused, CPU" in [line.get_label() for line in latency_figure.draw(tmp_path / "results").axes[0].get_lines()]
     drawn(latency_figure.draw, tmp_path)
+
+
+def test_fused_components_get_what_the_model_gives_them(config: Callable[..., DictConfig]) -> None:
+    cfg = runner.typed(config("experiment=latency_breakdown", "device=cpu"), Config)
+    model = hf.build(latency_breakdown.one_block(cfg), cfg.seed, "cpu")
+    ids = torch.tensor([[7, 3, 900]])
+    ours, theirs = (latency_breakdown.forwards(one, ids) for one in (latency_breakdown.fused_like(model, cfg), model))
+    assert torch.equal(ours["embedding"](), theirs["embedding"]())
+    for component in ("block", "lm_head"):
+        assert torch.allclose(ours[component](), theirs[component](), atol=0.05)
+    model.lm_head.weight.data[5, 5] += 1
+    with pytest.raises(ValueError, match="lm_head, tiled: the weights do not come back"):
+        latency_breakdown.fused_like(model, cfg)
 
 
 SMALL = ("bench.repeats=2", "bench.warmup=0", "bench.prompt_tokens=5", "bench.tokens=4")
@@ -199,13 +217,35 @@ def test_capacity(rows: Callable[..., pd.DataFrame], tmp_path: Path) -> None:
     assert set(weights) == {stored + 2 * 5 * 128}
     rows("capacity_check", "bench.lengths=[20]", *SMALL)
     drawn(capacity_figure.draw, tmp_path)
+    tried = {"model": "m", "gpu": "g", "codec": "tiled", "granularity": "-"}
+    found = [tried | {"metric": "longest_context", "value": 1e5}, tried | {"metric": "predicted_longest_context", "value": 2e5}]
+    pd.DataFrame(found).to_csv(tmp_path / "results" / "capacity_check.csv", index=False)
+    assert capacity_figure.checks(tmp_path / "results") == ["tried on g: m, tiled, predicted 200k: 100k tokens at most"]
 
 
 def test_capacity_check_decodes_behind_a_filled_cache(rows: Callable[..., pd.DataFrame]) -> None:
     table = rows("capacity_check", "bench.lengths=[20,30]", *SMALL)
     value = table.groupby(["granularity", "context_tokens", "metric"])["value"].median()
-    assert value["block", "30", "cache_bytes"] == value["layer", "30", "cache_bytes"] == 2 * 2 * 2 * 64 * 34
-    assert set(table[table["metric"] == "tokens_per_s"]["context_tokens"]) == {"20", "30"}
+    for granularity in ("block", "layer", "-"):
+        assert value[granularity, "30", "cache_bytes"] == 2 * 2 * 2 * 64 * 34
+    measured = {("dfloat11", "-", g, tokens) for g in ("block", "layer") for tokens in ("20", "30")}
+    measured |= {("tiled", "fused", "-", tokens) for tokens in ("20", "30")}
+    speed = table[table["metric"] == "tokens_per_s"]
+    assert set(speed[["codec", "mode", "granularity", "context_tokens"]].itertuples(index=False, name=None)) == measured
+    assert set(table["kernel"]) == {"cpu"}
+    assert value["-", "20", "stored_bytes"] not in (value["layer", "20", "stored_bytes"], value["block", "20", "stored_bytes"])
+
+
+@pytest.mark.parametrize("module", [capacity_check, latency_breakdown, load_time])
+def test_modes_are_chosen(config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    monkeypatch.setattr(load_time, "measure", first_token.measure)
+    name = f"experiment={module.__name__.rpartition('.')[2]}"
+    small = (name, "device=cpu", "bench.batch_size=1", "bench.lengths=[20]", *SMALL)
+    cfg = runner.typed(config(*small, "bench.modes=[fused]"), Config)
+    found = [row for point in module.run(cfg, {}) for row in point.rows]
+    assert {row["codec"] for row in found if "repeat" in row} - {"bf16"} == {"tiled"}
+    with pytest.raises(ValueError, match="choose from exact, fused"):
+        next(module.run(runner.typed(config(*small, "bench.modes=[fussed]"), Config), {}))
 
 
 def test_the_longest_context_is_found_by_trial(config: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
