@@ -105,7 +105,12 @@ class TiledWeight:
 
     @classmethod
     def encode(cls, weights: torch.Tensor) -> TiledWeight | None:
-        """Compress a bf16 matrix where it is, with a code of its own. None where it would not get smaller, the table included."""
+        """Compress a bf16 matrix where it is, with a code of its own. None where it would not get smaller, the table included.
+
+        ValueError where it is no bf16 matrix.
+        """
+        if weights.dtype != torch.bfloat16 or weights.dim() != 2:
+            raise ValueError(f"weights: {weights.dtype}{list(weights.shape)}, needed torch.bfloat16 [rows, columns]")
         code = make_code(histogram(weights))
         arrays = encode(weights, code)
         if arrays is None:

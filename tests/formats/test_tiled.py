@@ -256,6 +256,12 @@ def test_a_container_with_other_tiles_than_its_arrays_is_refused(sample: TiledUn
                 container.unpack(data)
 
 
+@pytest.mark.parametrize("weights", [torch.zeros(2, 16, 128).bfloat16(), torch.zeros(512).bfloat16(), torch.zeros(16, 128)])
+def test_what_is_no_matrix_is_refused(weights: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"weights: .*needed torch\.bfloat16 \[rows, columns\]"):
+        TiledWeight.encode(weights)
+
+
 def test_noise_is_refused_without_a_checksum(sample: TiledUnit) -> None:
     """Arrays of the right sizes full of random bytes: no crash, no read or write out of bounds."""
     generator = np.random.default_rng(1)
