@@ -17,7 +17,7 @@ import torch
 from df11 import hf, modules, runtime
 from experiments import budget
 from experiments.config import Config
-from experiments.decoding import GRANULARITIES, Decoder
+from experiments.decoding import CODECS, GRANULARITIES, Decoder, check_modes
 from experiments.footprint import Footprint, last_true
 from experiments.harness import timing
 from experiments.harness.api import Need, Point
@@ -25,10 +25,6 @@ from experiments.harness.api import Need, Point
 AXES = ("granularity", "context_tokens")
 CHUNK = 256  # tokens, of the cache that BF16 has no room for
 RESOLUTION = 100  # of the longest context: this part of it
-IDENTITIES = {  # of a mode
-    "exact": {"codec": "dfloat11", "kernel": "fast"},
-    "fused": {"codec": "tiled", "kernel": "tiled", "mode": "fused"},
-}
 
 
 def preflight(cfg: Config) -> Iterable[Need]:
@@ -43,8 +39,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
     unknown = set(bench.granularities) - set(GRANULARITIES)
     if unknown or not bench.lengths:
         raise ValueError(f"bench.granularities={bench.granularities}: choose from {', '.join(GRANULARITIES)}, with bench.lengths")
-    if not set(bench.modes) <= set(IDENTITIES):
-        raise ValueError(f"bench.modes={bench.modes}: choose from {', '.join(IDENTITIES)}")
+    check_modes(bench.modes)
     if cfg.device.name == "cuda" and "bf16" not in done:
         yield Point("bf16", [{"weights": weights, "codec": "bf16"} | row for row in until_full(cfg)])
     for mode in bench.modes:
@@ -62,8 +57,11 @@ def compressed(cfg: Config, done: Mapping[str, list[dict[str, Any]]], mode: str)
     if not runs and not searches:
         return
     start = time.perf_counter()
-    identity = {"weights": budget.weights(cfg.model)} | IDENTITIES[mode] | ({} if on_gpu else {"kernel": "cpu"})
-    model = budget.build(cfg, identity["codec"])
+    codec, kernel = CODECS[mode]
+    identity = {"weights": budget.weights(cfg.model), "codec": codec, "kernel": kernel if on_gpu else "cpu"}
+    if mode == "fused":  # rows of mode=exact have none
+        identity["mode"] = mode
+    model = budget.build(cfg, codec)
     about = budget.about(cfg) | {"build_seconds": round(time.perf_counter() - start, 1)}
     for granularity, launch, tokens in runs:
         runtime.attach(model, **GRANULARITIES.get(granularity, {}))

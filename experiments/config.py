@@ -45,7 +45,6 @@ class BenchConfig:
     kernels: list[str] = field(default_factory=lambda: ["fast"])  # that decompress: fast, paper, released
     launches: list[str] = field(default_factory=lambda: ["eager"])  # eager, graph
     modes: list[str] = field(default_factory=lambda: ["exact"])  # exact, fused
-    codecs: list[str] = field(default_factory=list)  # bf16, dfloat11, tiled; of an experiment that does not go by modes
     granularities: list[str] = field(default_factory=lambda: ["block"])  # of decompression, as experiments/decoding.py names them
     cards: list[CardConfig] = field(default_factory=list)
     reserve_bytes: int = 0  # on each card, for the CUDA context, activations and fragments

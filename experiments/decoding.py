@@ -19,11 +19,18 @@ from experiments.harness import timing
 LAUNCHES = ("eager", "graph")
 # Not cuDNN's, torch's first choice on an H100 or H200: it gives other bits in other runs (docs/footguns.md).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CODECS = {"exact": ("dfloat11", "fast"), "fused": ("tiled", "tiled")}  # of a mode: codec, kernel on a GPU
 GRANULARITIES: dict[str, dict[str, Any]] = {  # of decompression, as in the column `granularity`: arguments of runtime.attach
     "layer": {"granularity": "layer"},
     "block": {"granularity": "block"},
     "block, prefetched": {"granularity": "block", "prefetch": True},
 }
+
+
+def check_modes(modes: Sequence[str]) -> None:
+    """ValueError where bench.modes has one that there is not."""
+    if not set(modes) <= set(CODECS):
+        raise ValueError(f"bench.modes={modes}: choose from {', '.join(CODECS)}")
 
 
 class Decoder:

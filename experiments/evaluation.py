@@ -14,6 +14,9 @@ from typing import Any
 
 import lm_eval
 import torch
+from torch.nn.attention import sdpa_kernel
+
+from experiments.decoding import ATTENTION
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SUFFIX = "_fixture"
@@ -81,6 +84,7 @@ def fixture(task: str, folder: Path) -> str:
     return str(path)
 
 
+@sdpa_kernel(ATTENTION)
 def evaluate(model: torch.nn.Module, tokenizer: Any, task: str, batch_size: int) -> dict[str, Any]:
     """lm-eval's results of one task or group, with samples."""
     from lm_eval.models.huggingface import HFLM

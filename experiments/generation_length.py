@@ -24,12 +24,11 @@ from df11 import modules, runtime
 from experiments import budget
 from experiments.budget import MIB, Sizes
 from experiments.config import Config
-from experiments.decoding import Decoder
+from experiments.decoding import CODECS, Decoder, check_modes
 from experiments.footprint import last_true
-from experiments.harness.api import Need, Point, did_you_mean
+from experiments.harness.api import Need, Point
 
 AXES = ("memory_mib", "granularity", "cache", "tokens")
-CODECS = {"bf16": ("exact", "-"), "dfloat11": ("exact", "fast"), "tiled": ("fused", "tiled")}  # mode, kernel
 STEPS = 2  # decoded at each length
 CHUNK = 64  # tokens; how exactly the largest length is found
 GRANULARITY = "block"
@@ -40,16 +39,14 @@ def preflight(cfg: Config) -> Iterable[Need]:
     size = Sizes.of(cfg.model).model
     on_gpu = cfg.device.name == "cuda"
     most = int(1.1 * max(size, cfg.bench.memory_mib * MIB)) if on_gpu else 0
-    minutes = 0.5 * len(cfg.bench.codecs) if on_gpu else 0.1
+    minutes = 0.5 * (1 + len(cfg.bench.modes)) if on_gpu else 0.1
     return [Need("the model, made on the device", memory=0 if on_gpu else 2 * size, gpu_memory=most, minutes=minutes)]
 
 
 def check(cfg: Config) -> None:
     """ValueError where the config asks for what cannot be measured."""
     budget.weights(cfg.model)
-    for name in cfg.bench.codecs or [""]:
-        if name not in CODECS:
-            raise ValueError(f"bench.codecs: no {name!r}{did_you_mean(name, CODECS)}")
+    check_modes(cfg.bench.modes)
     if cfg.model.geometry.get("sliding_window"):
         raise ValueError(f"model={cfg.model.name} keeps a sliding window of its tokens: their number has no limit")
     if cfg.device.name == "cuda" and cfg.bench.memory_mib <= 0:
@@ -63,8 +60,8 @@ def check(cfg: Config) -> None:
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
     check(cfg)
     agreed: dict[tuple[int, str], float] = {}
-    for codec in cfg.bench.codecs:
-        rows = done[codec] if codec in done else list(measure(cfg, codec))
+    for mode, codec, kernel in (("exact", "bf16", "-"), *((mode, *CODECS[mode]) for mode in cfg.bench.modes)):
+        rows = done[codec] if codec in done else list(measure(cfg, mode, codec, kernel))
         for row in rows:
             if row["metric"] in ("ids_crc32", "logits_crc32") and row["mode"] == "exact":
                 expected = agreed.setdefault((row["tokens"], row["metric"]), row["value"])
@@ -74,13 +71,12 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
             yield Point(codec, rows, budget.about(cfg))
 
 
-def measure(cfg: Config, codec: str) -> Iterator[dict[str, Any]]:
+def measure(cfg: Config, mode: str, codec: str, kernel: str) -> Iterator[dict[str, Any]]:
     """Memory at each length, the largest length, and the terms of the predicted one."""
     on_gpu = cfg.device.name == "cuda"
     sizes = Sizes.of(cfg.model)
     model = budget.build(cfg, codec)
     buffers = runtime.attach(model, GRANULARITY) if codec == "dfloat11" else None
-    mode, kernel = CODECS[codec]
     identity = {"weights": budget.weights(cfg.model), "codec": codec, "mode": mode, "launch": "eager"}
     identity |= {"kernel": kernel if on_gpu or codec == "bf16" else "cpu", "granularity": GRANULARITY if buffers else "-"}
     identity |= {"memory_mib": cfg.bench.memory_mib if on_gpu else "-"}
@@ -189,6 +185,6 @@ def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     """Largest length measured and predicted; without a budget, the lengths decoded."""
     wanted = rows[rows["metric"].isin(["max_tokens", "predicted_tokens", "weight_bytes", "buffer_bytes", "activation_bytes"])]
     wide = wanted.pivot_table(index="codec", columns="metric", values="value", sort=False).reset_index()
-    if "max_tokens" in wide and "bf16" in set(wide["codec"]):
+    if "max_tokens" in wide:
         wide["times_bf16"] = wide["max_tokens"] / wide.set_index("codec")["max_tokens"]["bf16"]
     return wide.rename_axis(columns=None)

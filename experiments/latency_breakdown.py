@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from df11 import checkpoint, fused, hf, modules, released
+from df11 import fused, hf, modules, released
 from experiments import budget
 from experiments.config import Config
-from experiments.decoding import decompression
+from experiments.decoding import check_modes, decompression
 from experiments.harness import timing
 from experiments.harness.api import Need, Point
 
@@ -46,8 +46,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
     if not missing:
         return
     weights, on_gpu, modes = budget.weights(cfg.model), cfg.device.name == "cuda", cfg.bench.modes
-    if not set(modes) <= set(checkpoint.MODES):
-        raise ValueError(f"bench.modes={modes}: choose from {', '.join(checkpoint.MODES)}")
+    check_modes(modes)
     model = hf.build(one_block(cfg), cfg.seed, cfg.device.name)
     models = {("bf16", "-"): model}
     decoders: Works = {}

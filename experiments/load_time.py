@@ -25,6 +25,7 @@ from df11 import checkpoint, hf, ops
 from df11.sources import SafetensorsSource, open_source
 from experiments import budget, needs
 from experiments.config import Config
+from experiments.decoding import CODECS, check_modes
 from experiments.harness.api import Need, Point
 
 AXES = ("cache",)
@@ -32,7 +33,6 @@ FILES = ("first_token.py",)
 ROOT = Path(__file__).parents[1]
 SHARD = "5GB"
 TIMES = ("import_s", "load_s", "first_token_s")
-CODECS = {"exact": ("dfloat11", "fast"), "fused": ("tiled", "tiled")}  # of a compressed checkpoint's mode: codec, kernel
 
 Loaded = tuple[Path, str]  # directory, mode
 
@@ -53,8 +53,7 @@ def preflight(cfg: Config) -> Iterable[Need]:
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
     on_gpu, modes = cfg.device.name == "cuda", cfg.bench.modes
-    if not set(modes) <= set(CODECS):
-        raise ValueError(f"bench.modes={modes}: choose from {', '.join(CODECS)}")
+    check_modes(modes)
     if on_gpu:
         unit = ops.encode([torch.zeros(8, 8, dtype=torch.bfloat16, device="cuda")])
         unit.decompress(torch.empty(64, dtype=torch.bfloat16, device="cuda"))  # builds the kernels
@@ -118,7 +117,8 @@ def turn(loaded: list[Loaded], device: str) -> list[tuple[Loaded, dict[str, Any]
             if cache == "cold":
                 drop(directory)
             measured = measure(directory, device, mode)
-            tokens |= {measured["token"]} if mode == "exact" else set()
+            if mode == "exact":
+                tokens.add(measured["token"])
             times = {name: measured[name] for name in TIMES} | {"total_s": measured["load_s"] + measured["first_token_s"]}
             axes = {"cache": cache, "launch": "eager", "unit": "s"}
             rows += [(one, axes | {"metric": name, "value": value}) for name, value in times.items()]

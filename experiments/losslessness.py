@@ -14,12 +14,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.nn.attention import sdpa_kernel
 
 from df11 import checkpoint, fused, hf, modules, runtime
 from df11.sources import SafetensorsSource, open_source
 from experiments import budget, needs
 from experiments.config import Config
-from experiments.decoding import GRANULARITIES, Decoder
+from experiments.decoding import ATTENTION, CODECS, GRANULARITIES, Decoder, check_modes
 from experiments.harness import timing
 from experiments.harness.api import Need, Point
 
@@ -46,10 +47,11 @@ def preflight(cfg: Config) -> Iterable[Need]:
 
 
 def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point]:
+    check_modes(cfg.bench.modes)
     with needs.scratch(cfg) as scratch:
         model, weights, about, compress, tokenizer = load(cfg, Path(scratch))
         original = {"weights": weights, "codec": "bf16", "kernel": "-", "mode": "exact"}
-        on_gpu, modes = cfg.device.name == "cuda", [mode for mode in checkpoint.MODES if mode in cfg.bench.modes]
+        on_gpu, modes = cfg.device.name == "cuda", [mode for mode in CODECS if mode in cfg.bench.modes]
         tasks = [task for task in cfg.eval.tasks if any(key(task, m) not in done for m in modes)] if tokenizer else []
         if tasks:
             from experiments import evaluation  # needs lm-eval
@@ -62,7 +64,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
         for mode in modes:  # exact first: fuse_ is not undone
             if mode == "fused":
                 fused.fuse_(model)
-            codec, kernel = ("dfloat11", "fast") if mode == "exact" else ("tiled", "tiled")
+            codec, kernel = CODECS[mode]
             identity = {"weights": weights, "codec": codec, "kernel": kernel if on_gpu else "cpu", "mode": mode}
             if key("bits", mode) not in done:
                 yield Point(key("bits", mode), [identity | row for row in bit_rows(model, cfg, mode, bits, expected)], about)
@@ -155,6 +157,7 @@ def weight_rows(model: torch.nn.Module, bits: dict[str, torch.Tensor]) -> Iterat
 
 
 @torch.inference_mode()
+@sdpa_kernel(ATTENTION)
 def outputs(model: torch.nn.Module, cfg: Config) -> Results:
     """Logits (bf16) and ids (int64) of all phases, on the CPU. The same settings for whatever model."""
     results: Results = {}

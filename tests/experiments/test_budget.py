@@ -221,8 +221,8 @@ def test_generation_length_compares_what_is_exact(config: Configure, monkeypatch
             assert not list(generation_length.run(cfg, begun))
     with pytest.raises(ValueError, match="logits differ between codecs after 64 tokens"):
         list(generation_length.run(cfg, begun))
-    cfg.bench.codecs = ["tiled"]
-    assert list(points(generation_length, cfg)) == ["tiled"]
+    cfg.bench.modes = ["fused"]
+    assert list(points(generation_length, cfg)) == ["bf16", "tiled"]
 
 
 def test_a_filled_cache_decodes_as_transformers_own(config: Configure) -> None:
@@ -280,8 +280,7 @@ def test_generation_length_finds_where_memory_ends(
     labels = [line.get_label() for line in generation_length_figure.draw(folder).axes[0].get_lines()]
     assert "tiled, fused: 448 tokens" in labels
     drawn(generation_length_figure.draw, folder, tmp_path / "generation_length")
-    alone = table[table["codec"] == "tiled"]
-    assert "times_bf16" not in generation_length.table(alone, cfg)
+    alone = table[table["codec"] != "dfloat11"]  # as with bench.modes=[fused]
     (folder / "generation_length.csv").write_text(store.to_csv(alone.to_dict("records"), list(alone)))
     drawn(generation_length_figure.draw, folder, tmp_path / "alone")
 
@@ -291,8 +290,7 @@ def test_generation_length_finds_where_memory_ends(
     [
         (["bench.lengths=[64,16]"], "ascending"),
         (["bench.batch_size=[1,2]"], "one sequence"),
-        (["bench.codecs=[dfloat]"], "did you mean 'dfloat11'"),
-        (["bench.codecs=[]"], "there are bf16, dfloat11, tiled"),
+        (["bench.modes=[fussed]"], "choose from exact, fused"),
         (["model=gemma3_4b_synthetic"], "sliding window"),
         (["device=cuda", "bench.memory_mib=0"], "the budget"),
     ],

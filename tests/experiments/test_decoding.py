@@ -1,11 +1,13 @@
 """Step-by-step decoding against transformers' own generate, and models that are made compressed."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from df11 import hf, modules, runtime
+from experiments import losslessness
 from experiments.decoding import Decoder
 from experiments.harness import timing
 
@@ -61,6 +63,8 @@ def test_attention_is_one_that_repeats_its_bits(monkeypatch: pytest.MonkeyPatch)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     Decoder(model, 2, 20).tokens(IDS, 3)
     assert len(seen) == 2 * 3 and not any(seen)
+    losslessness.outputs(model, SimpleNamespace(seed=0, device=SimpleNamespace(name="cpu")))  # type: ignore[arg-type]
+    assert len(seen) > 2 * 3 and not any(seen)
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
