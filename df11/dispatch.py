@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,14 +25,15 @@ from df11.sources.cache import default_cache
 from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
 
 REPEATS = 5
-FLUSHES = 10  # some 0.8 ms
+FLUSHES = 20  # some 1.6 ms
+MOST_COPIES = 8
 MOST_FUSED = 2 * MOST_ROWS  # rows of x
 MOST_SLICED = 128  # rows of x; with more the products of slices were up to a third slower than those of all weights
 # Rows of x that are timed, more are as the last. Beyond MOST_ROWS it matters how many are left for the second product.
 BUCKETS = (1, *tiled_gpu.PRODUCTS, *(MOST_ROWS + size for size in tiled_gpu.PRODUCTS), 512, 2048)
 NOT_MEASURED = 0.0  # seconds of the only way; not kept in the file
 Table = dict[str, dict[str, float]]
-Ways = dict[str, Callable[[], torch.Tensor]]
+Ways = dict[str, Callable[[TiledWeight], torch.Tensor]]
 
 
 def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,12 +46,12 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
         y: torch.Tensor = torch.ops.df11.linear(x, weight.arrays, weight.uppers, *weight.shape, bias)
         return y
     ways: Ways = {
-        "fused": lambda: fused(weight, x, bias),
-        "mma": lambda: weight.linear(x, bias, wgmma=False),
-        "decompress": lambda: dense_linear(x, weight.decompress(), bias),
-        "sliced": lambda: sliced(weight, x, bias, slice_rows(weight, x.device)),
+        "fused": lambda weight: fused(weight, x, bias),
+        "mma": lambda weight: weight.linear(x, bias, wgmma=False),
+        "decompress": lambda weight: dense_linear(x, weight.decompress(), bias),
+        "sliced": lambda weight: sliced(weight, x, bias, slice_rows(weight, x.device)),
     }
-    return ways[choose(weight, x, ways)]()
+    return ways[choose(weight, x, ways)](weight)
 
 
 @torch.library.impl("df11::linear", "CompositeExplicitAutograd")
@@ -94,7 +96,8 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     batch = x.numel() // weight.shape[1]
     if not x.is_cuda or batch == 0:
         return "fused" if batch == 1 else "decompress"
-    table, key = _table(path(x.device.index)), _key(weight.shape, batch)
+    file = _file(x.device.index)
+    table, key = _table(file), _key(weight.shape, batch)
     if key not in table:
         in_fours = batch == 1 or weight.shape[1] % 4 == 0
         shape, index = (*weight.shape, weight.fragments, min(batch, MOST_ROWS)), x.device.index
@@ -105,10 +108,10 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
         allowed = {"fused": fuses, "mma": mma, "sliced": batch <= MOST_SLICED}
         possible = {name: way for name, way in ways.items() if allowed.get(name, True)}
         try:
-            table[key] = {name: _seconds(way, x.device) for name, way in possible.items()}
+            table[key] = {name: _seconds(way, weight, x.device) for name, way in possible.items()}
         except torch.OutOfMemoryError:  # to measure takes room for all weights decompressed
             table[key] = {"fused" if fuses else "sliced": NOT_MEASURED}
-        _save(path(x.device.index))
+        _save(file)
     return min(table[key], key=table[key].__getitem__)
 
 
@@ -118,24 +121,23 @@ def _key(shape: tuple[int, int], batch: int) -> str:
     return f"{shape[0]} x {shape[1]}, {bucket}"
 
 
-def path(index: int) -> Path:
-    """Where the table of a GPU is."""
-    named = os.environ.get("DF11_DISPATCH")
-    return Path(named) if named else _default_path(index)
+def _file(index: int) -> str:
+    """Where the table of a GPU is: text, as it is looked up at every call."""
+    return os.environ.get("DF11_DISPATCH") or _default_file(index)
 
 
 @functools.cache
-def _default_path(index: int) -> Path:
+def _default_file(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     version = hashlib.sha256(gpu.digest("tiled", f"sm_{properties.major}{properties.minor}").encode())
     for module in (__file__, tiled_gpu.__file__):
         version.update(Path(module).read_bytes())
-    return default_cache() / "dispatch" / f"{properties.name.replace(' ', '-')}-{version.hexdigest()[:16]}.json"
+    return str(default_cache() / "dispatch" / f"{properties.name.replace(' ', '-')}-{version.hexdigest()[:16]}.json")
 
 
 @functools.cache
-def _table(file: Path) -> Table:
-    return _read(file)
+def _table(file: str) -> Table:
+    return _read(Path(file))
 
 
 def _read(file: Path) -> Table:
@@ -146,22 +148,26 @@ def _read(file: Path) -> Table:
     return found
 
 
-def _save(file: Path) -> None:
+def _save(name: str) -> None:
     """Add what was measured to the file, which other processes may have written to."""
-    measured = {key: times for key, times in _table(file).items() if NOT_MEASURED not in times.values()}
+    measured, file = {key: times for key, times in _table(name).items() if NOT_MEASURED not in times.values()}, Path(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(json.dumps(_read(file) | measured, indent=1) + "\n")
     partial.replace(file)
 
 
-def _seconds(way: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """GPU time with a cold L2 cache.
+def _seconds(way: Callable[[TiledWeight], torch.Tensor], weight: TiledWeight, device: torch.device) -> float:
+    """GPU time of one of several products in a row, each of weights that are not in the L2 cache: kernels overlap as in a model.
 
     The cache is flushed several times: so the GPU is busy until the host has enqueued the rest, whose time would count otherwise.
     """
     flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-    way()
+    copies = [weight, weight]
+    if weight.nbytes < flush.nbytes:
+        count = min(-(-flush.nbytes // weight.nbytes), MOST_COPIES)
+        copies[1:] = [replace(weight, **{name: getattr(weight, name).clone() for name in ARRAYS}) for _ in range(count - 1)]
+    way(weight)
     samples = []
     stream = torch.cuda.current_stream(device)  # of a GPU that need not be the current one
     for _ in range(REPEATS):
@@ -169,8 +175,9 @@ def _seconds(way: Callable[[], torch.Tensor], device: torch.device) -> float:
         for _ in range(FLUSHES):
             flush.zero_()
         start.record(stream)
-        way()
+        for copy in copies:
+            way(copy)
         end.record(stream)
         end.synchronize()
-        samples.append(start.elapsed_time(end) / 1e3)
+        samples.append(start.elapsed_time(end) / 1e3 / len(copies))
     return float(statistics.median(samples))

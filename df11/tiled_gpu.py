@@ -34,9 +34,9 @@ WARPGROUP, MOST_WARPGROUPS = 4, 4  # warps; in a thread block
 SLOTS, CHUNKS, CHUNK_BYTES = 8, 4, 9 * 4 * LANES  # tiled::kSlots, kChunks, kLow + kSigns
 WIDE_ADD_UP, WIDE_ADD_UP_BYTES = 1.5, 4_000_000  # us, bytes a us
 PACK_THREADS = 256
-WIDE_SPREAD = struct.Struct("PPPii")  # tiled::Wide
+WIDE_SPREAD = struct.Struct("PPPiiii")  # tiled::Wide
 SPREAD = struct.Struct("Piiiii4x")  # tiled::Spread
-SIZES = struct.Struct("iii")
+SIZES, SUMS = struct.Struct("iii"), struct.Struct("iiii")
 RULES = {  # of the arrays in their order: dtype, dimensions, alignment
     "low": (torch.uint8, 4, 16),
     "sign": (torch.int32, 3, 4),
@@ -163,6 +163,8 @@ class WidePlan:
     blocks: int
     warps: int
     splits: int
+    whole: int  # tiled::Wide
+    pieces: int
     shared: int  # bytes for x and for low bytes on their way
 
 
@@ -180,13 +182,19 @@ def plan_wide(rows: int, columns: int, fragments: int, batch: int, processors: i
         if shared + warps * code_bytes(fragments) > room:
             continue
         row_blocks = min(processors // splits, fours)
-        rounds, rest = divmod(-(-fours // row_blocks), abreast)
+        whole, left = divmod(fours, row_blocks)
+        # Few rows of x wait for memory, which fours dealt by columns do not make faster.
+        pieces = min(row_blocks // left, across, MOST_SPLITS) if kernel_rows == 64 and left and splits == 1 else 0
+        rounds, rest = divmod(whole + (left > 0), abreast)
         step = rounds * (once + more * abreast) + (once + more * rest if rest else 0)
+        if pieces:  # a piece is of a part of the columns
+            step -= (more if (whole + 1) % abreast != 1 % abreast else once + more) * (1 - 1 / pieces)
         cost = step * -(-across // splits) * fragments / 32
-        if splits > 1:
-            cost += WIDE_ADD_UP + 8 * splits * rows * batch / WIDE_ADD_UP_BYTES
+        if splits > 1 or pieces > 1:
+            sums = splits * rows if splits > 1 else pieces * (rows - whole * row_blocks * WARPGROUP * TILE_ROWS)
+            cost += WIDE_ADD_UP + 8 * sums * batch / WIDE_ADD_UP_BYTES
         if best is None or cost < best[0]:
-            best = cost, WidePlan(kernel_rows, row_blocks * splits, warps, splits, shared)
+            best = cost, WidePlan(kernel_rows, row_blocks * splits, warps, splits, whole if pieces else 0, pieces, shared)
     return best[1] if best else None
 
 
@@ -270,20 +278,24 @@ def linear(
         kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
         return y
     how = _plan_several(kernels, rows, columns, fragments, batch, wgmma)
-    partial = torch.empty(how.splits * batch * rows if how.splits > 1 else 0, dtype=torch.float32, device=x.device)
+    parts, first = how.splits, 0
+    if isinstance(how, WidePlan) and how.pieces > 1:
+        parts, first = how.pieces, how.whole * how.blocks * WARPGROUP * TILE_ROWS
+    partial = torch.empty(parts * batch * (rows - first) if parts > 1 else 0, dtype=torch.float32, device=x.device)
     if isinstance(how, WidePlan):
         count = fragments * -(-columns // (16 * fragments))
         copies = torch.empty(2, 32 * count * how.kernel_rows, dtype=torch.uint8, device=x.device)  # of x, in two orders
         places = copies[0].data_ptr(), copies[1].data_ptr()
         blocks, sizes = -(-count * how.kernel_rows // PACK_THREADS), SIZES.pack(batch, columns, count)
         kernels.launch_plain(f"tiled_pack_{how.kernel_rows}", blocks, PACK_THREADS, 0, x.data_ptr(), *places, sizes)
-        name, spread = f"tiled_wide_{how.kernel_rows}", WIDE_SPREAD.pack(*places, partial.data_ptr(), batch, how.splits)
+        name = f"tiled_wide_{how.kernel_rows}"
+        spread = WIDE_SPREAD.pack(*places, partial.data_ptr(), batch, how.splits, how.whole, how.pieces)
     else:
         name = f"tiled_products_{how.kernel_rows}"
         spread = SPREAD.pack(partial.data_ptr(), batch, how.splits, how.groups, how.slice, how.parts_at)
     kernels.launch(name, how.blocks, how.warps, fragments, how.shared, *arguments, spread)
-    if how.splits > 1:
-        blocks, sizes = -(-batch * rows // ADD_UP_THREADS), SIZES.pack(rows, batch, how.splits)
+    if parts > 1:
+        blocks, sizes = -(-batch * (rows - first) // ADD_UP_THREADS), SUMS.pack(rows, batch, parts, first)
         kernels.launch_plain("tiled_add_up", blocks, ADD_UP_THREADS, 0, partial.data_ptr(), bias_at, y.data_ptr(), sizes)
     return y
 

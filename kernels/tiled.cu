@@ -269,9 +269,10 @@ __device__ __forceinline__ void products(const Matrix& m, const __nv_bfloat16* x
 
 constexpr int kMostSplits = 8;
 
-// y = the sums of all splits, in their order, + bias.
-__device__ __forceinline__ void add_up(const float* partial, const __nv_bfloat16* bias, __nv_bfloat16* y, int rows, int batch, int splits) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, count = int64_t(rows) * batch;
+// y[first:] = the sums of all splits, in their order, + bias. partial: [splits, batch, rows - first].
+__device__ __forceinline__ void add_up(const float* partial, const __nv_bfloat16* bias, __nv_bfloat16* y, int rows, int batch, int splits,
+                                       int first) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, some = rows - first, count = some * batch;
   wait_for_the_kernel_before();
   if (i >= count) return;
   float parts[kMostSplits], sum = 0;
@@ -279,7 +280,8 @@ __device__ __forceinline__ void add_up(const float* partial, const __nv_bfloat16
   for (int k = 0; k < kMostSplits; k++) parts[k] = k < splits ? __ldcs(partial + k * count + i) : 0;
 #pragma unroll
   for (int k = 0; k < kMostSplits; k++) sum += parts[k];
-  y[i] = __float2bfloat16(bias ? sum + __bfloat162float(bias[i % rows]) : sum);
+  const int64_t row = first + i % some;
+  y[i / some * rows + row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
 }
 
 __device__ __forceinline__ void decompress(const Matrix& m, uint16_t* out) {
@@ -408,8 +410,8 @@ TILED_PRODUCTS(16, 24, false)
 TILED_PRODUCTS(32, 16, true)
 TILED_PRODUCTS(64, 16, false)
 
-extern "C" __global__ void tiled_add_up(const float* partial, const __nv_bfloat16* bias, __nv_bfloat16* y, const __grid_constant__ int3 how) {
-  tiled::add_up(partial, bias, y, how.x, how.y, how.z);  // rows, batch, splits
+extern "C" __global__ void tiled_add_up(const float* partial, const __nv_bfloat16* bias, __nv_bfloat16* y, const __grid_constant__ int4 how) {
+  tiled::add_up(partial, bias, y, how.x, how.y, how.z, how.w);  // rows, batch, splits, first row
 }
 
 extern "C" __global__ void __launch_bounds__(tiled::kMostWarps* tiled::kLanes, 1)

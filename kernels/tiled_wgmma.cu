@@ -20,8 +20,12 @@ constexpr int kLow = 2 * kLanes * 16, kSigns = kLanes * 4;  // bytes of four fra
 struct Wide {
   const uint4* packed;     // x by tiled_pack
   const uint16_t* turned;  // the same in columns
-  float* partial;          // float [splits, batch, rows], where splits > 1
+  // float [splits, batch, rows] where splits > 1; [pieces, batch, rows of what is left] where there are several pieces.
+  float* partial;
   int32_t batch, splits;
+  // Where each thread block has all columns: so many fours of rows of tiles are its own, and each four that is left is dealt, by
+  // columns, to so many thread blocks. 0: fours are divided as they come.
+  int32_t whole, pieces;
 };
 
 struct Barriers {  // mbarriers, in the place of Shared::sums
@@ -132,7 +136,7 @@ __device__ __forceinline__ void pack(const __nv_bfloat16* x, uint4* packed, uint
 }
 
 // y = x W^T + bias for up to 8 kEights rows of x. A thread block has some columns of tiles (of `splits` parts) of some fours of rows of
-// tiles, one for each warpgroup at a time, in rounds; x is gone through in each.
+// tiles, one for each warpgroup at a time, in rounds; x is gone through in each. A piece of a four comes last.
 template <int kEights>
 __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y, const Wide& how) {
   constexpr int kRows = 8 * kEights, kSlot = 4 * kRows * 32;  // bytes of x of four fragments
@@ -146,12 +150,17 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
   const int abreast = warps / kGroup, member = warp / kGroup;
   const int split = blockIdx.x % how.splits, block = blockIdx.x / how.splits, blocks = gridDim.x / how.splits;
   const int left = across * split / how.splits, right = across * (split + 1) / how.splits;
-  const int top = int(int64_t(quads) * block / blocks), bottom = int(int64_t(quads) * (block + 1) / blocks);
-  const uint32_t each = (right - left) * fours, all = (bottom - top + abreast - 1) / abreast * each;  // slots of x that are gone through
+  const int top = how.whole ? how.whole * block : int(int64_t(quads) * block / blocks);
+  const int own = how.whole ? how.whole : int(int64_t(quads) * (block + 1) / blocks) - top;
+  const int rest = how.whole * blocks, dealt = rest + block / max(how.pieces, 1), piece = block % max(how.pieces, 1);
+  const int items = own + (how.whole && dealt < quads);
+  const int piece_left = across * piece / max(how.pieces, 1), piece_right = across * (piece + 1) / max(how.pieces, 1);
+  const uint32_t each = (right - left) * fours, all = (items + abreast - 1) / abreast * each;  // slots of x that are gone through
   const uint32_t full = barriers + offsetof(Barriers, full), empty = barriers + offsetof(Barriers, empty);
   uint32_t arrived = barriers + offsetof(Barriers, codes) + 8 * warp;  // the codes of a tile
   // A row of tiles beyond the last is the last once more, and not kept.
-  const auto first_tile = [&](int base) { return min(kGroup * (top + base + member) + warp % kGroup, m.down() - 1) * across + left; };
+  const auto row_of = [&](int item) { return kGroup * (item < own ? top + item : dealt) + warp % kGroup; };
+  const auto first_tile = [&](int item) { return min(row_of(item), m.down() - 1) * across + (item < own ? left : piece_left); };
   const auto bring = [&](int slice, uint32_t slot) {  // slice: of a round
     copy(full + 8 * slot, xs + slot * kSlot, reinterpret_cast<const char*>(how.packed) + (int64_t(left) * fours + slice) * kSlot, kSlot);
   };
@@ -160,18 +169,18 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
   uint32_t signs = xs + kSlots * kSlot + warps * kChunks * kLow + warp * kChunks * kSigns + 4 * lane;
   uint32_t entries = address(s.table), lane_at = 4 * lane, own_codes = address(codes);
   hide(low), hide(signs), hide(entries), hide(lane_at), hide(own_codes), hide(arrived);
-  int low_base = -abreast;
-  uint32_t low_left = 0;
+  int low_item = member - abreast;
+  uint32_t low_left = 0, chunk = 0;
   const uint8_t* low_from = nullptr;
   const uint32_t* signs_from = nullptr;
-  const auto refill = [&](uint32_t chunk) {
+  const auto refill = [&] {
     if (low_left == 0) {
-      low_base += abreast;
-      if (top + low_base + member < bottom) {
-        const int tile = first_tile(low_base);
+      low_item += abreast;
+      if (low_item < items) {
+        const int tile = first_tile(low_item);
         low_from = m.low + int64_t(tile) * m.fragments * 256 + 16 * lane;
         signs_from = m.sign + int64_t(tile) * m.fragments * 8 + lane;
-        low_left = each;
+        low_left = low_item < own ? each : (piece_right - piece_left) * fours;
       }
     }
     if (low_left > 0) {
@@ -181,25 +190,37 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       low_from += kLow, signs_from += kLanes, low_left--;
     }
     commit();
+    chunk = (chunk + 1) % kChunks;
   };
   const auto fetch_codes = [&](uint32_t first, uint32_t last) {
     if (lane == 0) copy(arrived, own_codes, m.stream + int64_t(first) * kLanes, (last - first) * kLanes);
   };
   uint2 h0 = {}, h1 = {};
-  if (top + member < bottom) h0 = __ldg(m.tiles + first_tile(0)), h1 = __ldg(m.tiles + first_tile(0) + 1);
+  if (member < items) h0 = __ldg(m.tiles + first_tile(member)), h1 = __ldg(m.tiles + first_tile(member) + 1);
   if (lane == 0) init(arrived, 1);
   if (threadIdx.x < kSlots) init(full + 8 * threadIdx.x, 1), init(empty + 8 * threadIdx.x, warps);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   __syncthreads();
   load_table(m, s.table);
   commit();
-  for (int i = 0; i < kChunks; i++) refill(i);
-  if (top + member < bottom) fetch_codes(h0.x, h1.x);
+  for (int i = 0; i < kChunks; i++) refill();
+  if (member < items) fetch_codes(h0.x, h1.x);
   wait_but<kChunks>();
   __syncthreads();
   wait_for_the_kernel_before();
   if (threadIdx.x == 0)
     for (uint32_t i = 0; i < min(kAhead, all); i++) bring(i % each, i);
+  // Where sums go of which others have parts: those of a split, or of a piece.
+  struct Part {
+    float* sums;
+    int64_t rows;
+    int first;
+  };
+  const auto part_of = [&](bool of_piece) {
+    const int first = of_piece ? rest * kGroup * kTileRows : 0;
+    const int64_t rows = m.rows - first;
+    return Part{how.partial + (of_piece ? piece : split) * how.batch * rows, rows, first};
+  };
   bool fine = true;
   uint32_t n = 0, tiles_done = 0;  // n: slots of x that this warp has gone through
   uint32_t duty = warp, slice = (warp + kAhead) % each;  // slots until it is this warp's turn to bring one, and which that will be
@@ -217,24 +238,29 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       __syncwarp();
     }
   };
-  for (int base = 0; base < bottom - top; base += abreast) {
-    if (top + base + member >= bottom) {
-      for (uint32_t i = 0; i < each; i++, n++) {
-        release();
-        wait(full + 8 * (n % kSlots), n / kSlots & 1);
-      }
+  const auto pass = [&](int columns) {
+    for (const uint32_t until = n + columns * fours; n < until; n++) {
+      release();
+      wait(full + 8 * (n % kSlots), n / kSlots & 1);
+    }
+  };
+  for (int item = member; item - member < items; item += abreast) {
+    if (item >= items) {
+      pass(right - left);
       break;
     }
     float c[kEights][4] = {};
-    const int tile = first_tile(base);
-    if (base > 0) {
+    const int tile = first_tile(item);
+    const int begin = item < own ? left : piece_left, end = item < own ? right : piece_right;
+    pass(begin - left);
+    if (item >= abreast) {
       h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
       fetch_codes(h0.x, h1.x);
     }
-    for (int column = left; column < right; column++) {
-      const bool more = column + 1 < right;
+    for (int column = begin; column < end; column++) {
+      const bool more = column + 1 < end;
       uint2 h2 = h1;
-      if (more) h2 = __ldg(m.tiles + tile + (column - left) + 2);
+      if (more) h2 = __ldg(m.tiles + tile + (column - begin) + 2);
       uint32_t patch = 0;
       if (h0.y + lane < h1.y && lane < 16) patch = __ldg(m.patches + h0.y + lane);
       wait(arrived, tiles_done++ & 1);
@@ -243,7 +269,6 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       uint32_t position = own_codes - 4 * kLanes + 4 * 30;
 #pragma unroll 1
       for (int four = 0; four < fours; four++, n++) {
-        const uint32_t chunk = n % kChunks;
         wait_but<kChunks - 1>();
         const uint4 both[2] = {load_four(low + chunk * kLow), load_four(low + chunk * kLow + kLow / 2)};
         const uint32_t sign = load_shared(signs + chunk * kSigns);
@@ -255,7 +280,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
         uint32_t a[4][4];
 #pragma unroll
         for (int f = 0; f < 4; f++) assemble(m, f, found[f][0], found[f][1], both[f / 2], sign, a[f]);
-        refill(chunk);
+        refill();
         wait(full + 8 * (n % kSlots), n / kSlots & 1);
         const uint32_t b = descriptor(xs) + n % kSlots * (kSlot >> 4);
         fence();
@@ -297,14 +322,13 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       }
       h0 = h1, h1 = h2;
     }
-    const int row_of_tiles = kGroup * (top + base + member) + warp % kGroup;
-    if (row_of_tiles < m.down()) {
-      const int64_t stride = m.rows;
+    pass(right - end);
+    if (row_of(item) < m.down()) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int row = row_of_tiles * kTileRows + g + 8 * half;
-        if (row >= stride) break;
-        const auto keep = [&](auto* to, auto convert) {
+        const int row = row_of(item) * kTileRows + g + 8 * half;
+        if (row >= m.rows) break;
+        const auto keep = [&](auto* to, int64_t stride, auto convert) {
           to += 2 * t * stride + row;
 #pragma unroll
           for (int j = 0; j < kEights; j++, to += 8 * stride) {
@@ -312,24 +336,31 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
             if (8 * j + 2 * t + 1 < how.batch) to[stride] = convert(c[j][2 * half + 1]), fine &= isfinite(c[j][2 * half + 1]);
           }
         };
-        if (how.splits > 1) {
-          keep(how.partial + split * how.batch * stride, [](float sum) { return sum; });
+        if (how.splits > 1 || (item >= own && how.pieces > 1)) {
+          const Part part = part_of(item >= own);
+          keep(part.sums - part.first, part.rows, [](float sum) { return sum; });
         } else {
           const float more = bias ? __bfloat162float(bias[row]) : 0;
-          keep(y, [&](float sum) { return __float2bfloat16(bias ? sum + more : sum); });
+          keep(y, m.rows, [&](float sum) { return __float2bfloat16(bias ? sum + more : sum); });
         }
       }
     }
   }
   if (!__syncthreads_or(!fine)) return;
-  careful(m, s, codes, x, how.batch, kGroup * top, min(kGroup * bottom, m.down()), left, right, [=, &m, &how](int row, int k, float sum) {
-    row += top * kGroup * kTileRows;
-    if (row >= m.rows || k >= how.batch) return;
-    if (how.splits > 1)
-      how.partial[(int64_t(split) * how.batch + k) * m.rows + row] = sum;
-    else
-      y[int64_t(k) * m.rows + row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
-  });
+  const auto again = [&](bool dealt_one, int first, int last, int begin, int end) {
+    const bool parts = how.splits > 1 || (dealt_one && how.pieces > 1);
+    const Part part = part_of(dealt_one);
+    careful(m, s, codes, x, how.batch, kGroup * first, min(kGroup * last, m.down()), begin, end, [=, &m, &how](int row, int k, float sum) {
+      row += first * kGroup * kTileRows;
+      if (row >= m.rows || k >= how.batch) return;
+      if (parts)
+        part.sums[int64_t(k) * part.rows + row - part.first] = sum;
+      else
+        y[int64_t(k) * m.rows + row] = __float2bfloat16(bias ? sum + __bfloat162float(bias[row]) : sum);
+    });
+  };
+  again(false, top, top + own, left, right);
+  if (items > own) again(true, dealt, dealt + 1, piece_left, piece_right);
 }
 
 }  // namespace tiled

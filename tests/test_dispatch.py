@@ -1,10 +1,12 @@
 """How products of the tiled layout would be launched, and which way is chosen: without a GPU."""
 
+import itertools
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,13 +40,14 @@ def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> No
     across, down = -(-columns // (16 * f)), -(-rows // 16)
     for batch in (2, 8, 9, 16, 17, 32, 33, 64):
         wide = tiled_gpu.plan_wide(rows, columns, f, batch, processors, room)
-        least = 8 * 128 * min(size for size in tiled_gpu.WIDE if size >= batch) + 4 * (4 * 1152 + tiled_gpu.code_bytes(f))
-        assert (wide is None) == (least > room)
+        each = 4 * 1152 + tiled_gpu.code_bytes(f)  # of a warp: low bytes and signs on their way, and codes
+        assert (wide is None) == (8 * 128 * min(size for size in tiled_gpu.WIDE if size >= batch) + 4 * each > room)
         if wide:
             assert batch <= wide.kernel_rows and wide.warps in (4, 8, 12, 16) and 1 <= wide.splits <= across
-            assert wide.blocks <= processors and wide.blocks % wide.splits == 0 and wide.blocks // wide.splits <= -(-down // 4)
-            rings = 8 * 128 * wide.kernel_rows + 4 * 1152 * wide.warps  # of x, of low bytes and signs
-            assert rings == wide.shared and wide.warps * tiled_gpu.code_bytes(f) + wide.shared <= room
+            assert wide.blocks <= processors and wide.shared == 8 * 128 * wide.kernel_rows + wide.warps * 4 * 1152
+            assert wide.shared + wide.warps * tiled_gpu.code_bytes(f) <= room
+            work = Counter(tile for block in range(wide.blocks) for tile in tiles_of(wide, block, -(-down // 4), across))
+            assert work == Counter(itertools.product(range(-(-down // 4)), range(across)))
         if gpu == "small":
             continue
         plan = tiled_gpu.plan_rows(rows, columns, f, batch, processors, room)
@@ -56,11 +59,25 @@ def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> No
         assert plan.warps * tiled_gpu.code_bytes(f) + plan.shared <= room
 
 
+def tiles_of(plan: tiled_gpu.WidePlan, block: int, fours: int, across: int) -> Iterator[tuple[int, int]]:
+    """What a thread block of tiled_wide_... has, as the kernel divides it: fours of rows of tiles, columns of tiles."""
+    split, block, blocks = block % plan.splits, block // plan.splits, plan.blocks // plan.splits
+    left, right = (across * end // plan.splits for end in (split, split + 1))
+    if not plan.whole:
+        yield from itertools.product(range(fours * block // blocks, fours * (block + 1) // blocks), range(left, right))
+        return
+    assert plan.splits == 1
+    yield from itertools.product(range(plan.whole * block, plan.whole * (block + 1)), range(left, right))
+    dealt, piece = plan.whole * blocks + block // plan.pieces, block % plan.pieces
+    if dealt < fours:
+        yield from itertools.product([dealt], range(across * piece // plan.pieces, across * (piece + 1) // plan.pieces))
+
+
 def test_constants_of_the_kernels() -> None:
     sources = "".join((gpu.SOURCES / name).read_text() for name in ("tiled.cuh", "tiled.cu", "tiled_wgmma.cu"))
     constants = {name: int(value) for name, value in re.findall(r"\b(k[A-Z]\w+) = (\d+)[;,]", sources)}
-    low, signs = 2 * constants["kLanes"] * 16, 4 * constants["kLanes"]
     assert "kLow = 2 * kLanes * 16, kSigns = kLanes * 4;" in sources
+    low, signs = 2 * constants["kLanes"] * 16, 4 * constants["kLanes"]
     assert (constants["kSlots"], constants["kChunks"], low + signs) == (tiled_gpu.SLOTS, tiled_gpu.CHUNKS, tiled_gpu.CHUNK_BYTES)
     assert constants["kWideWarps"] == tiled_gpu.WARPGROUP * tiled_gpu.MOST_WARPGROUPS
     assert constants["kMostSplits"] == tiled_gpu.MOST_SPLITS and constants["kMostWarps"] == tiled_gpu.MOST_WARPS
@@ -130,13 +147,22 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         tiled_gpu.linear(torch.randn(batch, 8192).bfloat16(), *place, bias)
         wide = [f"tiled_pack_{size}", f"tiled_wide_{size}", "tiled_add_up"]
         assert [name for name, *_ in recorder.launched] == (wide if size else ["tiled_products_8", "tiled_add_up"])
-    (_, blocks, threads, _, _, packed, turned, sizes), (_, *launched, matrix, _, _, _, spread), _ = recorder.launched
+    (_, blocks, threads, _, _, packed, turned, sizes), (_, *launched, matrix, _, _, _, spread), added = recorder.launched
     assert blocks * threads >= 64 * 512 and tiled_gpu.SIZES.unpack(sizes) == (64, 8192, 512)
     how = tiled_gpu.plan_wide(80, 8192, 32, 64, 132, recorder.room)
     assert how and launched == [how.blocks, how.warps, 32, how.shared]
     assert (packed, turned) == tiled_gpu.WIDE_SPREAD.unpack(spread)[:2]
-    packed, turned, _, asked, splits = tiled_gpu.WIDE_SPREAD.unpack(spread)
+    packed, turned, _, asked, splits, whole, pieces = tiled_gpu.WIDE_SPREAD.unpack(spread)
     assert asked == 64 and splits == how.splits > 1 and turned - packed == 64 * 8192 * 2
+    assert (whole, pieces) == (0, 0) and tiled_gpu.SUMS.unpack(added[-1]) == (80, 64, splits, 0)
+    recorder.launched.clear()
+    monkeypatch.setattr(tiled_gpu, "plan_wide", lambda *arguments: tiled_gpu.WidePlan(64, 1, 16, 1, 1, 4, 1000))
+    tiled_gpu.linear(torch.randn(64, 8192).bfloat16(), *place, bias)  # rows from 64 on are dealt in four pieces
+    _, (*_, spread), added = recorder.launched
+    assert tiled_gpu.WIDE_SPREAD.unpack(spread)[3:] == (64, 1, 1, 4) and tiled_gpu.SUMS.unpack(added[-1]) == (80, 64, 4, 64)
+    assert added[1] * 256 >= 16 * 64
+    monkeypatch.undo()
+    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: recorder)
     recorder.launched.clear()
     tiled_gpu.linear(torch.randn(16, 8192).bfloat16(), *place, bias, wgmma=False)
     assert recorder.launched[0][0] == "tiled_products_16"
@@ -208,10 +234,10 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(part.part(48, 200).decompress(), weights[48:200])
 
     # A table as it would be for a GPU.
-    ways: dispatch.Ways = {"fused": lambda: torch.zeros(1), "decompress": lambda: torch.zeros(2)}
+    ways: dispatch.Ways = {"fused": lambda weight: torch.zeros(1), "decompress": lambda weight: torch.zeros(2)}
     monkeypatch.setattr(tiled_gpu, "has_both", lambda batch, index: False)
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "deep" / "table.json"))
-    monkeypatch.setattr(dispatch, "_seconds", lambda way, device: float(way().numel()))
+    monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: float(way(weight).numel()))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     dispatch._table.cache_clear()
@@ -244,10 +270,11 @@ class OnGpu:
 def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     weight, asked, both = SimpleNamespace(shape=(256, 512), fragments=32), [], 9 <= rows <= 16
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
-    monkeypatch.setattr(dispatch, "_seconds", lambda way, device: way())
+    monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: way(weight))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments, wgmma=True: asked.append((*arguments, wgmma)) or True)
     monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: SimpleNamespace(wide=True))
-    ways = {"fused": lambda: 1.0, "mma": lambda: 0.5, "sliced": lambda: 2.0, "decompress": lambda: 3.0}
+    times = {"fused": 1.0, "mma": 0.5, "sliced": 2.0, "decompress": 3.0}
+    ways = {name: lambda weight, seconds=seconds: seconds for name, seconds in times.items()}
     for capturing in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
         chosen = dispatch.choose(weight, OnGpu(rows), ways)  # type: ignore[arg-type]
@@ -263,21 +290,21 @@ def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows
 
 def test_a_table_of_several_processes(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
-    dispatch._table(file)["a"] = {"fused": 1.0}
-    dispatch._table(file)["too large to measure"] = {"fused": dispatch.NOT_MEASURED}
+    table = dispatch._table(str(file))
+    table |= {"a": {"fused": 1.0}, "too large to measure": {"fused": dispatch.NOT_MEASURED}}
     file.write_text('{"b": {"fused": 2.0}}')  # another process's
-    dispatch._save(file)
+    dispatch._save(str(file))
     assert json.loads(file.read_text()) == {"a": {"fused": 1.0}, "b": {"fused": 2.0}}
     (tmp_path / "damaged.json").write_text("{")
     with pytest.raises(ValueError, match=r"damaged\.json.*remove it"):
-        dispatch._table(tmp_path / "damaged.json")
+        dispatch._table(str(tmp_path / "damaged.json"))
 
 
 @pytest.mark.parametrize("room", ["none for x", "none to measure"])
 def test_ways_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str) -> None:
     calls = []
 
-    def full(way: Callable[[], torch.Tensor], device: torch.device) -> float:
+    def full(way: Callable[[TiledWeight], torch.Tensor], weight: TiledWeight, device: torch.device) -> float:
         calls.append(way)
         raise torch.OutOfMemoryError
 
@@ -287,7 +314,7 @@ def test_ways_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: room == "none to measure")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(dispatch, "_seconds", full)
-    ways: dispatch.Ways = {"fused": lambda: torch.zeros(1), "decompress": lambda: torch.zeros(2)}
+    ways: dispatch.Ways = {"fused": lambda weight: torch.zeros(1), "decompress": lambda weight: torch.zeros(2)}
     chosen = [dispatch.choose(weight, x, ways) for _ in range(3)]  # type: ignore[arg-type]
     assert set(chosen) == {"fused" if room == "none to measure" else "sliced"}
     assert len(calls) == 1  # not again at every call
