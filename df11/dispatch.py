@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from df11.sources.cache import default_cache
 from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
 
 REPEATS = 5
-FLUSHES = 20  # some 1.6 ms
+FLUSHES, MOST_FLUSHES = 20, 640  # some 1.6 and 50 ms
 MOST_COPIES = 8
 MOST_FUSED = 2 * MOST_ROWS  # rows of x
 MOST_SLICED = 128  # rows of x; with more the products of slices were up to a third slower than those of all weights
@@ -160,7 +159,8 @@ def _save(name: str) -> None:
 def _seconds(way: Callable[[TiledWeight], torch.Tensor], weight: TiledWeight, device: torch.device) -> float:
     """GPU time of one of several products in a row, each of weights that are not in the L2 cache: kernels overlap as in a model.
 
-    The cache is flushed several times: so the GPU is busy until the host has enqueued the rest, whose time would count otherwise.
+    The cache is flushed several times, so that the GPU is busy until the host has enqueued the rest; where the host was too slow, its
+    time would count, and the sample does not.
     """
     flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     copies = [weight, weight]
@@ -168,16 +168,21 @@ def _seconds(way: Callable[[TiledWeight], torch.Tensor], weight: TiledWeight, de
         count = min(-(-flush.nbytes // weight.nbytes), MOST_COPIES)
         copies[1:] = [replace(weight, **{name: getattr(weight, name).clone() for name in ARRAYS}) for _ in range(count - 1)]
     way(weight)
-    samples = []
+    samples: list[float] = []
+    flushes = FLUSHES
     stream = torch.cuda.current_stream(device)  # of a GPU that need not be the current one
-    for _ in range(REPEATS):
+    while len(samples) < REPEATS:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(FLUSHES):
+        for _ in range(flushes):
             flush.zero_()
         start.record(stream)
         for copy in copies:
             way(copy)
         end.record(stream)
+        late = start.query()
         end.synchronize()
-        samples.append(start.elapsed_time(end) / 1e3 / len(copies))
-    return float(statistics.median(samples))
+        if late and flushes < MOST_FLUSHES:
+            flushes *= 2
+        else:
+            samples.append(start.elapsed_time(end) / 1e3 / len(copies))
+    return min(samples)

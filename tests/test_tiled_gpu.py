@@ -1,5 +1,6 @@
 """The kernels of the tiled layout on a GPU against the CPU format, float64 products and cuBLAS."""
 
+import time
 from functools import partial
 
 import numpy as np
@@ -192,6 +193,16 @@ def test_more_than_2_31_weights() -> None:
     assert same_bits(weight.rows(torch.tensor([len(weights) - 1], device="cuda")), weights[-1:])
     y = weight.linear(normal(16, 4096, seed=2))
     assert same_bits(y[:, :64], y[:, -128:-64])
+
+
+def test_time_of_the_host_does_not_count() -> None:
+    weight, x = encode(normal(4096, 4096)), normal(16, 4096)
+
+    def slow(weight: TiledWeight) -> torch.Tensor:
+        time.sleep(2e-3)
+        return weight.linear(x)
+
+    assert dispatch._seconds(slow, weight, x.device) < 1e-3
 
 
 def test_what_does_not_fit_is_refused() -> None:
