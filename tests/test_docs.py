@@ -171,7 +171,8 @@ def claims_of_the_readme() -> Iterator[str]:
     axes = ["model", "batch_size", "warmup_tokens", "codec"]
     seconds = values("offload", axes, placement="resident", metric="s_per_step").unstack()
     yield f"slower than mode=exact in {(seconds['tiled'] > seconds['dfloat11']).sum()} of {len(seconds)} points of `offload`."
-    stored = [values("same_gpu", ["codec", "variant", "launch", "batch_size"], metric="stored_bytes")[c].max() for c in ("tiled", "bf16")]
+    stored_bytes = values("same_gpu", ["codec", "variant", "launch", "batch_size"], metric="stored_bytes")
+    stored = [stored_bytes[codec].max() for codec in ("tiled", "bf16")]
     small = value("losslessness", model=SMOLLM2, codec="tiled", metric="ratio_percent")
     yield f"in mode=fused | {100 * stored[0] / stored[1]:.2f} % of BF16's bytes; of SmolLM2"
     yield f"; of SmolLM2-135M, whose matrices are small, {small:.2f} % |"
