@@ -159,7 +159,7 @@ def _save(name: str) -> None:
 def _seconds(way: Callable[[TiledWeight], torch.Tensor], weight: TiledWeight, device: torch.device) -> float:
     """GPU time of one of several products in a row, each of weights that are not in the L2 cache: kernels overlap as in a model.
 
-    The cache is flushed several times, so that the GPU is busy until the host has enqueued the rest. Where the host was too slow, its
+    The cache is flushed several times, so that the GPU is busy until the host has enqueued the rest. Where the host was slower, its
     time would count, and the sample does not.
     """
     flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
