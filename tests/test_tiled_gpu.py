@@ -112,6 +112,22 @@ def test_all_patterns() -> None:
     assert same_bits(weight.rows(torch.arange(2048, 2304, device="cuda")), everything)
 
 
+@pytest.mark.parametrize("wgmma", [True, False])
+@pytest.mark.parametrize("batch", [1, 8, 16, 64])
+def test_products_of_all_patterns(batch: int, wgmma: bool) -> None:
+    """Each row has another pattern, and a row of x takes one column: that column's weights are what comes out."""
+    weights, at = normal(1 << 16, 256), torch.arange(1 << 16, device="cuda")
+    weights[at, at % 256] = at.to(torch.int32).to(torch.int16).view(torch.bfloat16)
+    weight = encode(weights)
+    finite = weights.isfinite().all(1)
+    for x in torch.eye(256, device="cuda").bfloat16().split(batch):
+        y, expected = weight.linear(x, wgmma=wgmma), linear(x, weights)
+        assert torch.equal(
+            y[:, finite], (x.float() @ weights[finite].float().T).bfloat16()
+        )  # -0 and 0 are equal: sums of both are 0
+        assert torch.equal(y.nan_to_num(nan=1e30), expected.nan_to_num(nan=1e30))
+
+
 @pytest.mark.parametrize("more", [3, 9, 20, 50])
 @pytest.mark.parametrize("columns", [300, 4096])
 @pytest.mark.parametrize("values", [["inf"], ["-inf", "inf"], ["nan"]])
