@@ -16,22 +16,27 @@ CPU = (
     "experiment=losslessness",
     "experiment=capacity",
 )
+OFFLOAD = (
+    "model=qwen3_14b_synthetic bench.memory_mib=24564",
+    "model=mistral_small_24b_synthetic bench.memory_mib=40960",
+    "model=qwq_32b_synthetic bench.memory_mib=49152",
+    "model=llama3_1_8b_synthetic bench.memory_mib=13312",
+)
+PROTOCOL = "bench.warmup=100 bench.tokens=100 bench.repeats=5 bench.batch_size=[1]"  # the paper's of Fig. 4
 GPU = (
     "experiment=decompression",
     "experiment=linear",
     "experiment=compression_time model=llama3_1_8b_synthetic device=cuda",
     "experiment=losslessness model=llama3_1_8b_synthetic model.sample_blocks=0 device=cuda",
-    "experiment=offload",
-    "experiment=offload model=mistral_small_24b_synthetic bench.memory_mib=40960",
-    "experiment=offload model=qwq_32b_synthetic bench.memory_mib=49152",
-    "experiment=offload model=llama3_1_8b_synthetic bench.memory_mib=13312",
+    *(f"experiment=offload {which}" for which in OFFLOAD),
+    *(f"experiment=offload {which} {PROTOCOL}" for which in OFFLOAD),
     "experiment=generation_length",
     "experiment=generation_length model=mistral_small_24b_synthetic bench.memory_mib=49128",
     "experiment=generation_length model=llama3_1_8b_synthetic bench.memory_mib=20480",
     "experiment=load_time model=llama3_1_8b_synthetic model.sample_blocks=0 device=cuda",
     "experiment=latency_breakdown",
     "experiment=same_gpu",
-    "experiment=same_gpu bench.kernels=[] bench.modes=[exact] bench.variants=[compiled,merged_compiled] bench.launches=[graph]"
+    "experiment=same_gpu bench.kernels=[] bench.modes=[fused] bench.variants=[compiled,merged_compiled] bench.launches=[graph]"
     " bench.batch_size=[1,64]",
     "experiment=capacity_check",
 )

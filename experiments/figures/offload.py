@@ -13,7 +13,7 @@ from experiments.figures.style import BLUE, GREY, ORANGE, PURPLE, VERMILLION, lo
 CURVES = {  # codec, placement: label, colour, line
     ("bf16", "accelerate"): ("BF16, CPU offload by accelerate", VERMILLION, "-"),
     ("bf16", "offload"): ("BF16, blocks prefetched from pinned memory", ORANGE, "-"),
-    ("dfloat11", "offload"): ("DFloat11, the same blocks offloaded", BLUE, "--"),
+    ("dfloat11", "offload"): ("DFloat11, as many blocks offloaded", BLUE, "--"),
     ("dfloat11", "resident"): ("DFloat11, all on the GPU", BLUE, "-"),
     ("tiled", "resident"): ("tiled, fused, all on the GPU", PURPLE, "-"),
 }
@@ -23,9 +23,7 @@ METRICS = {"tokens_per_s": "tokens a second", "s_per_step": "seconds a step"}
 def draw(results: Path) -> Figure:
     rows = load(results, "offload").query("metric in @METRICS and granularity != 'layer'")
     rows = rows.astype({"batch_size": int, "tokens": int})
-    # Where a point was measured with both protocols, the longer one counts.
-    key = ["model", "weights", "gpu", "memory_mib", "codec", "placement", "batch_size", "metric"]
-    rows = rows[rows["tokens"] == rows.groupby(key)["tokens"].transform("max")]
+    key = ["model", "weights", "gpu", "memory_mib", "codec", "placement", "metric", "tokens", "batch_size"]
     median = rows.groupby(key)["value"].median()
     paper = published(results, "offload")
     panels = list(dict.fromkeys(zip(*(rows[c] for c in key[:4]), strict=True)))
@@ -35,9 +33,16 @@ def draw(results: Path) -> Figure:
     for line, metric in enumerate(METRICS):
         for axis, panel in zip(axes[line], panels, strict=False):
             for (codec, placement), (label, colour, style) in CURVES.items():
-                if (*panel, codec, placement) in median.index.droplevel(["batch_size", "metric"]):
-                    curve = median[(*panel, codec, placement)].xs(metric, level="metric")
-                    axis.plot(curve.index, curve, style, color=colour, marker=".", label=label)
+                if (*panel, codec, placement) not in median.index.droplevel(["metric", "tokens", "batch_size"]):
+                    continue
+                curves = median[(*panel, codec, placement, metric)]
+                short = min(median[panel].index.get_level_values("tokens"))
+                for tokens, curve in curves.groupby(level="tokens"):
+                    curve = curve.droplevel("tokens")
+                    if tokens == short:
+                        axis.plot(curve.index, curve, style, color=colour, marker=".", label=label)
+                    else:
+                        axis.plot(curve.index, curve, "x", color=colour, label=f"{label}, {tokens} tokens")
             model, weights, gpu, memory = panel
             finish(
                 axis, f"Measured, {model}" + ("" if model.endswith("_synthetic") else f" ({weights})") + f"\n{gpu}, {memory} MiB"

@@ -124,9 +124,9 @@ def _merge(results: Path, experiment: str, run: Path, anyway: bool) -> list[str]
     new, old = read_csv(run / "rows.csv"), read_csv(target) if target.exists() else []
     if provenance["source"]["dirty"] and not anyway:
         raise ResultError(f"{run.name} comes from a tree with uncommitted changes: commit and run again, or promote_anyway=true")
-    gpus = {row["gpu"] for row in [*old, *new]} - {NOT_APPLICABLE}
-    if len(gpus) > 1 and not anyway:
-        raise ResultError(f"{target} would mix the GPUs {', '.join(sorted(gpus))}: promote_anyway=true if that is meant")
+    have, more = ({row["gpu"] for row in rows} - {NOT_APPLICABLE} for rows in (old, new))
+    if have and more - have and not anyway:
+        raise ResultError(f"{target} would mix the GPUs {', '.join(sorted(have | more))}: promote_anyway=true if that is meant")
     columns = list(dict.fromkeys([*(old[0] if old else ()), *new[0]]))
     order = [c for c in columns if c not in MEASURE] + list(MEASURE)
 

@@ -177,6 +177,7 @@ def test_promotion_refuses_changed_trees_and_mixed_gpus(tmp_path: Path) -> None:
         store.promote(tmp_path, "toy", other)
     store.promote(tmp_path, "toy", other, anyway=True)
     assert len(store.read_csv(tmp_path / "toy.csv")) == 2
+    store.promote(tmp_path, "toy", finished(tmp_path, "r4", gpu="H200", value=2))  # which the table has already
 
 
 def test_promotion_leaves_no_samples_of_the_run_before(tmp_path: Path) -> None:
