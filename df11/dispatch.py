@@ -1,9 +1,9 @@
 """Which way a linear layer in the tiled layout is computed, by a table measured once: fused, for 9 to 16 rows of x by wgmma or by
 mma.sync, or decompressed and then by cuBLAS, all at once or in slices that stay in the L2 cache.
 
-The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash>.json` (of the kernels, and of what decides how they are
-launched): "rows x columns, rows of x" to the seconds of each way. $DF11_DISPATCH names another file: its entries count as they are,
-and what it lacks is added to it.
+The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash>.json` (of the kernels, of what decides how they are launched,
+and of torch's and CUDA's versions): "rows x columns, rows of x" to the seconds of each way. $DF11_DISPATCH names another file: its
+entries count as they are, and what it lacks is added to it.
 """
 
 from __future__ import annotations
@@ -99,11 +99,12 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     table, key = _table(file), _key(weight.shape, batch)
     if key not in table:
         in_fours = batch == 1 or weight.shape[1] % 4 == 0
-        shape, index = (*weight.shape, weight.fragments, min(batch, MOST_ROWS)), x.device.index
-        fuses = batch <= MOST_FUSED and in_fours and tiled_gpu.fits(*shape, index)
+        shape, index = (*weight.shape, weight.fragments), x.device.index
+        parts = (batch,) if batch <= MOST_ROWS else (MOST_ROWS, 1)  # of others in the bucket too
+        fuses = batch <= MOST_FUSED and in_fours and all(tiled_gpu.fits(*shape, rows, index) for rows in parts)
         if torch.cuda.is_current_stream_capturing():
             return "fused" if fuses and batch <= MOST_ROWS else "decompress"
-        mma = in_fours and tiled_gpu.has_both(batch, index) and tiled_gpu.fits(*shape, index, wgmma=False)
+        mma = in_fours and tiled_gpu.has_both(batch, index) and tiled_gpu.fits(*shape, batch, index, wgmma=False)
         allowed = {"fused": fuses, "mma": mma, "sliced": batch <= MOST_SLICED}
         possible = {name: way for name, way in ways.items() if allowed.get(name, True)}
         try:
@@ -129,6 +130,7 @@ def _file(index: int) -> str:
 def _default_file(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     version = hashlib.sha256(gpu.digest("tiled", f"sm_{properties.major}{properties.minor}").encode())
+    version.update(f"{torch.__version__} {torch.version.cuda}".encode())  # cuBLAS's too
     for module in (__file__, tiled_gpu.__file__):
         version.update(Path(module).read_bytes())
     return str(default_cache() / "dispatch" / f"{properties.name.replace(' ', '-')}-{version.hexdigest()[:16]}.json")
@@ -160,7 +162,7 @@ def _seconds(way: Callable[[TiledWeight], torch.Tensor], weight: TiledWeight, de
     """GPU time of one of several products in a row, each of weights that are not in the L2 cache: kernels overlap as in a model.
 
     The cache is flushed several times, so that the GPU is busy until the host has enqueued the rest. Where the host was slower, its
-    time would count, and the sample does not.
+    time would count, and the sample does not, unless the host stays slower.
     """
     flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     copies = [weight, weight]

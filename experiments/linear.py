@@ -47,6 +47,7 @@ SHOWN = {  # column of the table: metric, codec, mode
     "decompression_gb_per_s": ("gb_per_s_bf16_output", "tiled", "-"),
 }
 
+Product = Callable[[torch.Tensor], torch.Tensor]
 Variant = tuple[str, str, str]  # codec, kernel, mode (`-` of tiled: decompression alone)
 
 
@@ -109,11 +110,15 @@ def measure(cfg: Config, matrix: Matrix, batch_size: int) -> Iterator[dict[str, 
         yield {"codec": "tiled", "metric": "bits_per_weight", "value": bits, "unit": "bits"}
         if batch_size <= dispatch.MOST_FUSED:
             xs = torch.stack([normal(cfg, 1 + draw, batch_size, columns) for draw in range(DRAWS)])
-            error = fused_error(tiled, weights, xs, baselines[0])
-            if error > MOST_ERROR:
-                print(f"{rows} x {columns}: the RMS error of fused products is {error:.3f} of cuBLAS's", file=sys.stderr)
-            fused = {"codec": "tiled", "kernel": kernel, "mode": "fused"}
-            yield fused | {"metric": "rms_error_vs_cublas", "value": error, "unit": "ratio"}
+            products: dict[str, Product] = {kernel: lambda x: dispatch.fused(tiled, x)}
+            if on_gpu and tiled_gpu.has_both(batch_size, x.get_device()):
+                products["mma"] = lambda x: tiled.linear(x, wgmma=False)
+            for name, product in products.items():
+                error = fused_error(product, weights, xs, baselines[0])
+                if error > MOST_ERROR:
+                    print(f"{rows} x {columns}: the RMS error of products by {name} is {error:.3f} of cuBLAS's", file=sys.stderr)
+                fused = {"codec": "tiled", "kernel": name, "mode": "fused"}
+                yield fused | {"metric": "rms_error_vs_cublas", "value": error, "unit": "ratio"}
     alone, vectors = ("tiled", kernel, "-"), x.nbytes + 2 * batch_size * rows
     works: dict[Variant, Callable[[int], object]] = {COPY: lambda i: dense[half : 2 * half].copy_(dense[:half])}
     moved = {COPY: 2 * half * weights.nbytes}  # bytes that have to be read and written
@@ -195,17 +200,17 @@ def preferred(kernel: str) -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(before)
 
 
-def fused_error(tiled: TiledWeight, weights: torch.Tensor, xs: torch.Tensor, library: str) -> float:
+def fused_error(product: Product, weights: torch.Tensor, xs: torch.Tensor, library: str) -> float:
     """RMS error of fused products of xs [draws, batch, columns], as a part of the library's. ValueError where two runs differ."""
-    fused, again = (torch.cat([dispatch.fused(tiled, x) for x in xs]) for _ in range(2))
+    fused, again = (torch.cat([product(x) for x in xs]) for _ in range(2))
     if not same(fused, again):
-        raise ValueError(f"two fused products of a {tiled.shape[0]} x {tiled.shape[1]} matrix differ")
+        raise ValueError(f"two fused products of a {weights.shape[0]} x {weights.shape[1]} matrix differ")
     with preferred(library):
         products = torch.stack([fused, torch.cat([linear(x, weights) for x in xs])])
     rows = max(1, CHUNK // weights.shape[1])
     squares = torch.zeros(2, dtype=torch.float64, device=weights.device)
-    for part, product in zip(weights.split(rows), products.split(rows, -1), strict=True):
-        squares += (product.double() - xs.flatten(0, 1).double() @ part.double().T).square().sum((1, 2))
+    for part, found in zip(weights.split(rows), products.split(rows, -1), strict=True):
+        squares += (found.double() - xs.flatten(0, 1).double() @ part.double().T).square().sum((1, 2))
     return float((squares[0] / squares[1]).sqrt())
 
 

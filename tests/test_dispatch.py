@@ -259,8 +259,8 @@ class OnGpu:
 
     is_cuda, device = True, torch.device("cuda", 0)
 
-    def __init__(self, rows: int) -> None:
-        self.shape = (rows, 512)
+    def __init__(self, rows: int, columns: int = 512) -> None:
+        self.shape = (rows, columns)
 
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -280,8 +280,9 @@ def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows
         chosen = dispatch.choose(weight, OnGpu(rows), ways)  # type: ignore[arg-type]
         fused = "mma" if both and not capturing else "fused"
         assert chosen == (fused if rows <= (64 if capturing else 128) else "decompress")
-    shape = 256, 512, 32, min(rows, 64), 0
-    assert asked == ([(*shape, True), (*shape, True), *[(*shape, False)] * both] if rows <= 128 else [])
+    parts = [(256, 512, 32, size, 0) for size in ((rows,) if rows <= 64 else (64, 1))]
+    fits = [(*part, True) for part in parts]
+    assert asked == ([*fits, *fits, *[(*parts[0], False)] * both] if rows <= 128 else [])
     ((key, times),) = json.loads((tmp_path / "table.json").read_text()).items()
     size = {1: 1, 8: 8, 9: 16, 16: 16, 17: 32, 64: 64, 65: 72, 128: 128, 129: 512, 600: 2048, 5000: 2048}[rows]
     assert key == f"256 x 512, {size}"
@@ -298,6 +299,19 @@ def test_a_table_of_several_processes(tmp_path: Path) -> None:
     (tmp_path / "damaged.json").write_text("{")
     with pytest.raises(ValueError, match=r"damaged\.json.*remove it"):
         dispatch._table(str(tmp_path / "damaged.json"))
+
+
+def test_more_rows_than_a_product_takes_where_one_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """65 rows are 64 and one, whose x has to fit into shared memory whole."""
+    weight = SimpleNamespace(shape=(64, 100_000), fragments=32)
+    monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
+    monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: way(weight))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    recorder = Recorder()
+    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: recorder)
+    ways = {"fused": lambda weight: 1.0, "sliced": lambda weight: 2.0, "decompress": lambda weight: 3.0}
+    assert dispatch.choose(weight, OnGpu(64, 100_000), ways) == "fused"  # type: ignore[arg-type]
+    assert dispatch.choose(weight, OnGpu(65, 100_000), ways) == "sliced"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("room", ["none for x", "none to measure"])

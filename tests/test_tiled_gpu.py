@@ -76,7 +76,7 @@ def test_products(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("finite", [True, False])
-@pytest.mark.parametrize("batch", [2, 7, 8, 9, 16, 31, 64])
+@pytest.mark.parametrize("batch", [2, 7, 8, 9, 16, 31, 33, 50, 64])
 @pytest.mark.parametrize("shape", [*SHAPES[:1], *SHAPES[2:], (20_000, 4096)], ids=str)
 def test_products_of_several_rows(shape: tuple[int, int], batch: int, finite: bool) -> None:
     weights = with_escapes(shape, finite)
@@ -152,6 +152,20 @@ def test_activations_that_are_not_finite(columns: int, values: list[str], more: 
         assert torch.equal(torch.isnan(among[2]), torch.isnan(expected))
         assert torch.equal(among[2][whole], expected[whole])
         assert (among - rest)[others].nan_to_num(0, 0, 0).norm() < 0.01 * rest[others].nan_to_num(0, 0, 0).norm()
+
+
+@pytest.mark.parametrize("batch", [33, 64])
+def test_an_infinity_where_fours_are_dealt_in_pieces(batch: int) -> None:
+    weights, x = normal(20_000, 1024), normal(batch, 1024, seed=1)
+    weights[19_990:, 6] = 1e-30  # in a four that is dealt
+    x[3, 5:7] = float("inf")
+    weight, kernels = encode(weights), tiled_gpu._kernels(0)
+    how = tiled_gpu._plan_several(kernels, 20_000, 1024, weight.fragments, batch, True)
+    assert not kernels.wide or (isinstance(how, tiled_gpu.WidePlan) and how.pieces > 1)
+    y, expected = weight.linear(x).float(), x.float() @ weights.float().T
+    assert torch.equal(y[3].isnan(), expected[3].isnan()) and torch.equal(y[3].isposinf(), expected[3].isposinf())
+    others = torch.arange(batch) != 3
+    assert (y - expected)[others].norm() < 0.01 * expected[others].norm()
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64])
