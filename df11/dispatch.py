@@ -115,6 +115,11 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     return min(table[key], key=table[key].__getitem__)
 
 
+def times(shape: tuple[int, int], batch: int, index: int) -> dict[str, float]:
+    """Seconds of each way for so many rows of x, as the table of a GPU has them; empty where it lacks them."""
+    return dict(_table(_file(index)).get(_key(shape, batch), {}))
+
+
 @functools.lru_cache(1024)
 def _key(shape: tuple[int, int], batch: int) -> str:
     bucket = min((size for size in BUCKETS if size >= batch), default=BUCKETS[-1])

@@ -70,7 +70,10 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
             # The shapes are of several models, the config's is none of them.
             identity = {"model": "-", "weights": "synthetic-normal"}
             identity |= {"rows": rows, "columns": columns, "batch_size": batch_size}
-            yield Point(key, [identity | row for row in measure(cfg, matrix, batch_size)], about)
+            found = [identity | row for row in measure(cfg, matrix, batch_size)]
+            on_gpu = cfg.device.name == "cuda"
+            times = dispatch.times((rows, columns), batch_size, torch.cuda.current_device()) if on_gpu else {}
+            yield Point(key, found, about | ({f"dispatch, seconds: {key}": times} if times else {}))
         del matrix
         budget.release()
 

@@ -287,6 +287,8 @@ def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows
     size = {1: 1, 8: 8, 9: 16, 16: 16, 17: 32, 64: 64, 65: 72, 128: 128, 129: 512, 600: 2048, 5000: 2048}[rows]
     assert key == f"256 x 512, {size}"
     assert set(times) == ({"fused", "sliced", "decompress", *["mma"] * both} if rows <= 128 else {"decompress"})
+    monkeypatch.setattr(dispatch, "_default_file", lambda index: "not asked")
+    assert dispatch.times((256, 512), rows, 0) == times and dispatch.times((512, 256), rows, 0) == {}
 
 
 def test_a_table_of_several_processes(tmp_path: Path) -> None:
