@@ -242,6 +242,17 @@ def claims_of_the_results() -> Iterator[str]:
     yield f"at 49,128 (published {small:.1f}), {longer[LLAMA]:.1f} for Llama 3.1 8B at 20,480"
     ratios = [f"{own / bf16:.2f}" for own, bf16 in map(fused, (1, 8, 32, 64))]
     yield f"takes {ratios[0]} of BF16's time at batch 1, {ratios[1]} at batch 8, {ratios[2]} at batch 32, {ratios[3]} at batch 64"
+    check = {"name": "capacity_check", "gpu": H200, "axes": ["codec"]}
+    most = values(**check, metric="longest_context")["tiled"]
+    sizes = values(**check, metric="predicted_longest_context")["tiled"]
+    yield f"(in mode=fused {most:,.0f}, {100 - 100 * most / sizes:.0f} % fewer than sizes predict:"
+    reserved, used = (values(**check, launch="eager", metric=f"peak_{m}_bytes")["tiled"] for m in ("reserved", "memory"))
+    yield f"torch had reserved {(reserved - used) / 1e9:.1f} GB more than it used)"
+    speed = values(**check, launch="graph", metric="tokens_per_s")
+    yield f"At 40,960 tokens {speed['dfloat11']:.1f} tokens/s, in mode=fused {speed['tiled']:.1f},"
+    of = {"metric": "blocks_offloaded", "model": LLAMA, "warmup_tokens": 100}
+    blocks = values("offload", ["codec"], **of)
+    yield f"DF11 had {blocks['dfloat11']:.0f} blocks in host memory and BF16 {blocks['bf16']:.0f})"
     own, bf16 = fused(1, "compiled", "merged_compiled")
     yield f"and {own / bf16:.2f} at batch 1 with torch.compile on both sides"
     yield f"fused products are {span(speedup(1))} times as fast as cuBLAS's at batch 1, {span(speedup(8))} at batch 8"

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 
 from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, load, one, powers_of_two
 
-SERIES = {  # codec, mode: label, colour, line over batch sizes
-    ("tiled", "fused"): ("tiled, fused", PURPLE, None),
-    ("tiled", "dispatch"): (None, None, "-"),
-    ("glyd_mma12", "fused"): ("glyd mma12, 12 bits", ORANGE, None),
-    ("nwc", "fused"): ("neural-weight-compression", GREEN, None),
-    ("tiled", "exact"): ("tiled, decompressed, then cuBLAS", BLUE, "--"),
+BARS = {  # codec, mode: label, colour
+    ("tiled", "fused"): ("tiled, fused", PURPLE),
+    ("glyd_mma12", "fused"): ("glyd mma12, 12 bits", ORANGE),
+    ("nwc", "fused"): ("neural-weight-compression", GREEN),
+    ("tiled", "exact"): ("tiled, decompressed, then cuBLAS", BLUE),
 }
+CURVES = {("tiled", "dispatch"): "-", ("tiled", "exact"): "--"}  # codec, mode (dispatch: the way that is chosen): line
 
 
 def draw(results: Path) -> Figure:
@@ -46,9 +46,9 @@ def draw(results: Path) -> Figure:
 def bars(axis: Axes, speedup: pd.Series, bits: pd.Series, shapes: list[tuple[int, int]]) -> None:
     """The smallest matrix first."""
     measured = speedup.index.droplevel(["rows", "columns", "batch_size"])
-    present = {which: look for which, look in SERIES.items() if look[0] and which in measured}
+    present = {which: look for which, look in BARS.items() if which in measured}
     thick = 0.76 / max(len(present), 1)
-    for line, (which, (label, colour, _)) in enumerate(present.items()):
+    for line, (which, (label, colour)) in enumerate(present.items()):
         values = [speedup.get((*which, *shape, 1), 0.0) for shape in shapes]
         axis.barh([y + thick * line for y in range(len(shapes))], values, height=0.95 * thick, color=colour, label=label)
     for y, shape in enumerate(shapes):
@@ -65,9 +65,9 @@ def bars(axis: Axes, speedup: pd.Series, bits: pd.Series, shapes: list[tuple[int
 
 def curves(axis: Axes, speedup: pd.Series, shapes: list[tuple[int, int]]) -> None:
     colours = plt.get_cmap("viridis")([i / max(len(shapes) - 1, 1) for i in range(len(shapes))])
-    for which, (_, _, line) in SERIES.items():
+    for which, line in CURVES.items():
         for shape, colour in zip(shapes, colours, strict=True):
-            if line and (*which, *shape) in speedup.index.droplevel("batch_size") and len(speedup[(*which, *shape)]) > 1:
+            if (*which, *shape) in speedup.index.droplevel("batch_size") and len(speedup[(*which, *shape)]) > 1:
                 curve = speedup[(*which, *shape)]
                 label = f"{shape[0]} x {shape[1]}" if which == ("tiled", "exact") else None
                 axis.plot(curve.index, curve, line, color=colour, marker=".", linewidth=1, label=label)

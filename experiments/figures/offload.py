@@ -13,7 +13,7 @@ from experiments.figures.style import BLUE, GREY, ORANGE, PURPLE, VERMILLION, lo
 CURVES = {  # codec, placement: label, colour, line
     ("bf16", "accelerate"): ("BF16, CPU offload by accelerate", VERMILLION, "-"),
     ("bf16", "offload"): ("BF16, blocks prefetched from pinned memory", ORANGE, "-"),
-    ("dfloat11", "offload"): ("DFloat11, as many blocks offloaded", BLUE, "--"),
+    ("dfloat11", "offload"): ("DFloat11, blocks prefetched from pinned memory", BLUE, "--"),
     ("dfloat11", "resident"): ("DFloat11, all on the GPU", BLUE, "-"),
     ("tiled", "resident"): ("tiled, fused, all on the GPU", PURPLE, "-"),
 }
