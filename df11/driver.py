@@ -85,5 +85,9 @@ def launch(
     """
     values = [ctypes.create_string_buffer(a, len(a)) if isinstance(a, bytes) else ctypes.c_uint64(a) for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    config = _Config((blocks, 1, 1), (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAP), int(overlap))
-    _call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
+    _call("cuLaunchKernelEx", ctypes.byref(_config(blocks, threads, shared, stream, overlap)), function, pointers, None)
+
+
+@functools.lru_cache(4096)
+def _config(blocks: int, threads: int, shared: int, stream: int, overlap: bool) -> _Config:
+    return _Config((blocks, 1, 1), (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAP), int(overlap))

@@ -23,6 +23,7 @@ from df11.runtime import CompressedModelError, attach, check_input
 from df11.tiled_ops import ARRAYS, TiledWeight
 
 _TURN = threading.RLock()  # held by the thread in whose embedding the weights are
+ALIGNMENT = 512  # bytes, of arrays that share an allocation
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one input, in the order in which they are called
 
 
@@ -46,11 +47,20 @@ class Stored(nn.Module):
 
     def get(self) -> TiledWeight:
         kept = None if torch.compiler.is_compiling() else self._weight
-        if kept is None or kept.low is not self.low:
+        if kept is None or kept.low is not self._buffers["low"]:
             kept = TiledWeight(self.shape, **{name: self.get_buffer(name) for name in ARRAYS}, uppers=self.uppers)
             if not torch.compiler.is_compiling():
                 self._weight = kept
         return kept
+
+    def pack_(self) -> None:
+        """Move the arrays into one allocation of their size, from wherever pieces of memory were free when they were made."""
+        arrays = [self.get_buffer(name) for name in ARRAYS]
+        places = list(itertools.accumulate((-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays), initial=0))
+        memory = torch.empty(places[-1], dtype=torch.uint8, device=arrays[0].device)
+        for name, array, place in zip(ARRAYS, arrays, places, strict=False):
+            moved = memory[place : place + array.nbytes].view(array.dtype).view(array.shape)
+            self._buffers[name] = moved.copy_(array)
 
 
 class FusedLinear(nn.Module):
@@ -131,11 +141,21 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
         raise CompressedModelError("blocks are offloaded, but mode=fused needs all weights in place: fuse_ before offload_")
     count = (_fuse_merged(model) if merge else 0) + _fuse_each(model)
     attach(model)
+    _pack(model)
     if hasattr(model, "tie_weights"):
         model.__dict__["tie_weights"] = _tied_already  # transformers' looks for parameters
     for device in {buffer.device for buffer in model.buffers() if buffer.is_cuda}:
         torch.cuda.synchronize(device)  # the kernels begin before what comes before them has ended: the arrays must be there
     return count
+
+
+def _pack(model: nn.Module) -> None:
+    """Give the pieces of memory back that lie between arrays where larger weights were: 4 to 6 % of the weights' bytes."""
+    for stored in model.modules():
+        if isinstance(stored, Stored) and stored.low.is_cuda:
+            torch.cuda.empty_cache()  # so that no piece is taken again
+            stored.pack_()
+    torch.cuda.empty_cache()
 
 
 def _fuse_merged(model: nn.Module) -> int:

@@ -223,8 +223,19 @@ def _plan_several(kernels: _Kernels, rows: int, columns: int, fragments: int, ba
     return wide or plan_rows(*shape, *place)
 
 
-def _pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> tuple[bytes, int]:
-    """tiled::Matrix, and the number of fragments. Raises ValueError where dtypes, places or sizes do not fit."""
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as it goes with each launch."""
+
+    matrix: bytes  # tiled::Matrix
+    rows: int
+    columns: int
+    fragments: int
+    index: int  # of the GPU
+
+
+def pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> Packed:
+    """Raises ValueError where dtypes, places or sizes of the arrays do not fit."""
     given = dict(zip(RULES, arrays, strict=True))
     for name, tensor in given.items():
         dtype, dimensions, alignment = RULES[name]
@@ -239,7 +250,7 @@ def _pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, co
     if low.shape[0] != count or tiles.shape != (count + 1, 2) or sign.shape != (count, fragments // 4, LANES):
         raise ValueError(f"the arrays are not those of a matrix of {rows} x {columns}")
     addresses = [tensor.data_ptr() for tensor in arrays]
-    return MATRIX.pack(*addresses, uppers, rows, columns, fragments), fragments
+    return Packed(MATRIX.pack(*addresses, uppers, rows, columns, fragments), rows, columns, fragments, index)
 
 
 def linear(
@@ -251,27 +262,33 @@ def linear(
     bias: torch.Tensor | None = None,
     wgmma: bool = True,
 ) -> torch.Tensor:
+    """As `product`."""
+    return product(x, pack(x.get_device(), arrays, uppers, rows, columns), bias, wgmma)
+
+
+def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, wgmma: bool = True) -> torch.Tensor:
     """x W^T + bias of 1 to MOST_ROWS rows of bf16 x, summed in float32: the same bits in every run.
 
     More than one row need columns in fours. wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
     """
+    rows, columns, fragments, index = weight.rows, weight.columns, weight.fragments, weight.index
     batch = x.numel() // columns
     if x.dtype != torch.bfloat16 or x.shape[-1:] != (columns,) or not 1 <= batch <= MOST_ROWS:
         raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 [..., {columns}] of 1 to {MOST_ROWS} rows")
     if batch > 1 and columns % 4:
         raise ValueError(f"x: {batch} rows of {columns} columns: only single rows may have columns that are not in fours")
+    if x.get_device() != index:
+        raise ValueError(f"x: on {x.device}, the weights are on cuda:{index}")
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,) or bias.device != x.device):
         raise ValueError(f"bias: {bias.dtype}{list(bias.shape)} on {bias.device}, needed torch.bfloat16[{rows}] on {x.device}")
     bias = None if bias is None else bias.contiguous()
     x = x.contiguous()
     if x.data_ptr() % 8:
         x = x.clone()
-    index = x.get_device()
-    matrix, fragments = _pack(index, arrays, uppers, rows, columns)
     kernels = _kernels(index)
     y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
     bias_at = 0 if bias is None else bias.data_ptr()
-    arguments = (matrix, x.data_ptr(), bias_at, y.data_ptr())
+    arguments = (weight.matrix, x.data_ptr(), bias_at, y.data_ptr())
     if batch == 1:
         blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room)
         padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
@@ -306,10 +323,10 @@ def decompress(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -
         needed = "contiguous torch.bfloat16 [rows, columns] at a multiple of 8 bytes"
         raise ValueError(f"out: {out.dtype}{list(out.shape)}, needed {needed}")
     index = out.get_device()
-    matrix, fragments = _pack(index, arrays, uppers, *out.shape)
+    weight = pack(index, arrays, uppers, *out.shape)
     kernels = _kernels(index)
-    warps = min(MOST_WARPS, kernels.room // code_bytes(fragments))
-    kernels.launch("tiled_decompress", kernels.device.processors, warps, fragments, 0, matrix, out.data_ptr())
+    warps = min(MOST_WARPS, kernels.room // code_bytes(weight.fragments))
+    kernels.launch("tiled_decompress", kernels.device.processors, warps, weight.fragments, 0, weight.matrix, out.data_ptr())
 
 
 def gather(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
@@ -317,11 +334,11 @@ def gather(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows:
     if ids.dtype != torch.int64:
         raise ValueError(f"ids: dtype {ids.dtype}, needed torch.int64")
     index = ids.get_device()
-    matrix, fragments = _pack(index, arrays, uppers, rows, columns)
+    weight = pack(index, arrays, uppers, rows, columns)
     out = torch.empty(*ids.shape, columns, dtype=torch.bfloat16, device=ids.device)
     if ids.numel():
         ids = ids.contiguous()
-        kernels, across = _kernels(index), -(-columns // (16 * fragments))
-        warps = min(across, 16, kernels.room // code_bytes(fragments))
-        kernels.launch("tiled_rows", ids.numel(), warps, fragments, 0, matrix, ids.data_ptr(), out.data_ptr())
+        kernels, across = _kernels(index), -(-columns // (16 * weight.fragments))
+        warps = min(across, 16, kernels.room // code_bytes(weight.fragments))
+        kernels.launch("tiled_rows", ids.numel(), warps, weight.fragments, 0, weight.matrix, ids.data_ptr(), out.data_ptr())
     return out

@@ -11,6 +11,7 @@ the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -124,6 +125,11 @@ class TiledWeight:
     def arrays(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in ARRAYS]
 
+    @functools.cached_property
+    def packed(self) -> tiled_gpu.Packed:
+        """As it goes with each launch. ValueError where the arrays do not fit together."""
+        return tiled_gpu.pack(self.low.get_device(), self.arrays, self.uppers, *self.shape)
+
     @property
     def fragments(self) -> int:
         """Of 16 columns in a tile."""
@@ -139,6 +145,8 @@ class TiledWeight:
 
         wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
         """
+        if x.is_cuda and not torch.compiler.is_compiling():  # a call of an operator takes the host as long as all the rest
+            return tiled_gpu.product(x, self.packed, bias, wgmma)
         y: torch.Tensor = torch.ops.df11.tiled_linear(x, self.arrays, self.uppers, *self.shape, bias, wgmma)
         return y
 

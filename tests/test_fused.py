@@ -221,6 +221,18 @@ def test_a_layer_that_moves_leaves_nothing_behind() -> None:
 
 
 @torch.inference_mode()
+def test_arrays_in_one_allocation() -> None:
+    model = nn.Sequential(nn.Linear(520, 64)).bfloat16().eval()
+    fuse_(model)
+    x, stored = torch.randn(1, 520).bfloat16(), model[0].stored
+    before, size = model(x), stored.get().nbytes
+    stored.pack_()
+    (storage,) = {array.untyped_storage().data_ptr(): array.untyped_storage() for array in stored.get().arrays}.values()
+    assert size <= storage.nbytes() < size + 6 * 512
+    assert same_bits(model(x), before) and same_bits(copy.deepcopy(model)(x), before)
+
+
+@torch.inference_mode()
 def test_a_layer_in_two_places_is_one_afterwards_too() -> None:
     torch.manual_seed(0)
     layer, embedding = nn.Linear(256, 256).bfloat16(), nn.Embedding(300, 256).bfloat16()

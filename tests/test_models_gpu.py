@@ -99,6 +99,23 @@ def test_a_compressed_checkpoint_is_transcoded_on_the_gpu(llama: tuple[Path, Pat
             assert (logits.float() - expected).norm() < 0.02 * expected.norm()
 
 
+def test_no_memory_is_lost_between_fused_weights() -> None:
+    from df11.fused import fuse_
+
+    def unused() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    sizes = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+    with torch.inference_mode():
+        before = unused()
+        layers = [torch.nn.Linear(columns, rows, bias=False, device="cuda", dtype=torch.bfloat16) for rows, columns in 4 * sizes]
+        model = torch.nn.Sequential(*layers).eval()
+        del layers
+        assert fuse_(model) == 16
+        assert unused() - before < 16 * 2**21  # the allocator's pages
+
+
 def test_a_model_over_cpu_and_gpu(llama: tuple[Path, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
