@@ -133,14 +133,22 @@ class _Ahead:
         if self._held.pop(owner.buffer, None) != index:
             owner.fill()
         if index + 1 < len(self.owners):
-            following = self.owners[index + 1]
-            if side := self._side(following.device):
-                # Its buffer is free: who had it before has been launched by now.
-                side.wait_stream(torch.cuda.current_stream(following.device))
-                self._busy = side
-            with torch.cuda.stream(side):
-                following.fill()
-            self._held[following.buffer] = index + 1
+            self._fetch(index + 1)
+
+    def begin(self) -> None:
+        """Before a forward: the first owner's, while modules before it run."""
+        if self._held.get(self.owners[0].buffer) != 0:
+            self._fetch(0)
+
+    def _fetch(self, index: int) -> None:
+        owner = self.owners[index]
+        if side := self._side(owner.device):
+            # Its buffer is free: who had it before has been launched by now.
+            side.wait_stream(torch.cuda.current_stream(owner.device))
+            self._busy = side
+        with torch.cuda.stream(side):
+            owner.fill()
+        self._held[owner.buffer] = index
 
     def _side(self, device: torch.device) -> torch.cuda.Stream | None:
         if device.type != "cuda":
@@ -182,8 +190,19 @@ def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", p
         enter, leave = _hooks(owner, index, ahead, workspace.turn)
         handles.append(owner.module.register_forward_pre_hook(enter, prepend=True))
         handles.append(owner.module.register_forward_hook(leave, always_call=True))
+    if ahead and owned and not isinstance(owned[0].module, nn.Embedding):  # others run before it
+        handles.append(model.register_forward_pre_hook(_begin(ahead, workspace.turn), prepend=True))
     model.__dict__["_df11_hooks"] = handles
     return workspace
+
+
+def _begin(ahead: _Ahead, turn: threading.RLock) -> Any:
+    def begin(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            with turn:
+                ahead.begin()
+
+    return begin
 
 
 def _decoder(kernel: str) -> Decode:

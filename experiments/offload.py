@@ -5,7 +5,8 @@ blocks as the budget demands in pinned memory, the next one copied while one run
 blocks as bf16_offload has in host memory, compressed; `tiled_resident`, in mode=fused. All but the last, which rounds in another
 order, decode the same ids and logits: no rows before that has been checked.
 
-What the weights may take is the budget less the needs of the largest batch (`activations`), by rule and not by trial.
+What the weights may take is the budget less CONTEXT and the needs of the largest batch (`activations`): by rule, so that it is the
+same for all variants, whichever runs first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import transformers
 
 from df11 import modules, runtime
 from experiments import budget
-from experiments.budget import MIB, Budget, Sizes
+from experiments.budget import MIB, Sizes
 from experiments.config import Config
 from experiments.decoding import Decoder
 from experiments.harness import timing
@@ -41,6 +42,8 @@ VARIANTS = {  # codec, placement, granularity of decompression
 HOST_MEMORY = {"accelerate": "pageable", "offload": "pinned"}
 PROMPT = 1  # the one token of each prompt, in place of a tokenizer's BOS
 RESERVE = 512 * MIB  # for cuBLAS and what a layer computes
+CONTEXT = 832 * MIB  # more than the CUDA context was seen to take, pinned memory and late kernels included
+PAGEABLE, PINNED = 7e9, 50e9  # bytes a second from host memory, to plan with
 TRANSFER_BYTES = 256 * MIB
 
 Digests = dict[tuple[int, str, int], float]  # batch size, metric, repeat
@@ -50,9 +53,10 @@ def preflight(cfg: Config) -> Iterable[Need]:
     check(cfg)
     sizes = Sizes.of(cfg.model)
     on_gpu = cfg.device.name == "cuda"
-    host = max(0, sizes.model - cfg.bench.memory_mib * MIB) + 4 * sizes.block if on_gpu else 2 * sizes.model
-    steps = length(cfg) * len(cfg.bench.batch_sizes) * sum(not v.endswith(("resident", "layer")) for v in cfg.bench.variants)
-    minutes = (steps * host / 15e9 + 10 * len(cfg.bench.variants)) / 60 if on_gpu else 0.1
+    host = max(0, sizes.model - spare(cfg)) + 3 * sizes.block if on_gpu else 2 * sizes.model
+    moving = [v for v in cfg.bench.variants if "resident" not in v]
+    step = sum(host / (PAGEABLE if v == "bf16_accelerate" else PINNED) for v in moving)
+    minutes = (length(cfg) * len(cfg.bench.batch_sizes) * step + 20 * len(cfg.bench.variants)) / 60 if on_gpu else 0.1
     return [Need("the model, made on the device", memory=host, gpu_memory=int(1.1 * sizes.model) if on_gpu else 0, minutes=minutes)]
 
 
@@ -117,8 +121,8 @@ def measure(cfg: Config, name: str, batch_sizes: list[int]) -> Iterator[tuple[in
         for size in batch_sizes:
             start(model, cfg, size).step()
         budget.release()
+    stored, blocks = place(model, placement, cfg)  # before the limit: pinned memory adds to the context
     with budget.enforce(cfg.bench.memory_mib) if on_gpu else nullcontext() as limits:
-        stored, blocks = place(model, placement, cfg, limits)
         if placement == "offload":
             buffers = runtime.attach(model, "block", prefetch=True)
         for size in batch_sizes:
@@ -188,28 +192,38 @@ def activations(cfg: Config) -> int:
     return int(max(cfg.bench.batch_sizes) * sequence) + RESERVE
 
 
-def place(model: transformers.PreTrainedModel, placement: str, cfg: Config, limits: Budget | None) -> tuple[dict[str, int], int]:
+def spare(cfg: Config) -> int:
+    """Bytes of the budget that weights and their buffers may take."""
+    return cfg.bench.memory_mib * MIB - CONTEXT - activations(cfg)
+
+
+def place(model: transformers.PreTrainedModel, placement: str, cfg: Config) -> tuple[dict[str, int], int]:
     """Move to host memory what the placement keeps there. Returns the stored bytes by place, and how many blocks offload_ moved."""
     sizes = Sizes.of(cfg.model)
-    spare = limits.limit - activations(cfg) if limits else 0
-    blocks = 0
+    blocks, on_gpu = 0, cfg.device.name == "cuda"
     if placement == "offload":
-        blocks = blocks_to_offload(sizes, spare) if limits else (sizes.blocks + 1) // 2
+        blocks = blocks_to_offload(sizes, spare(cfg)) if on_gpu else (sizes.blocks + 1) // 2
         modules.offload_(model, blocks)
-    if limits:
+    if on_gpu:
         budget.release()
     if placement != "accelerate":
         return modules.stored_bytes(model), blocks
+    device_map = map_devices(model, spare(cfg), sizes.model)
+    stored = dispatch(model, device_map)
+    return stored, blocks
+
+
+def dispatch(model: transformers.PreTrainedModel, device_map: dict[str, Any]) -> dict[str, int]:
+    """Let accelerate move modules between host memory and the GPU, where they are. Returns the stored bytes by place."""
     from accelerate import dispatch_model
 
-    device_map = map_devices(model, spare, sizes.model)
     for name, device in device_map.items():
         if device == "cpu":
             model.get_submodule(name).to("cpu")
     budget.release()
     stored = modules.stored_bytes(model)
     dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
-    return stored, blocks
+    return stored
 
 
 def blocks_to_offload(sizes: Sizes, spare: int) -> int:

@@ -99,6 +99,38 @@ def test_a_compressed_checkpoint_is_transcoded_on_the_gpu(llama: tuple[Path, Pat
             assert (logits.float() - expected).norm() < 0.02 * expected.norm()
 
 
+def test_a_budget_of_gpu_memory() -> None:
+    from experiments import budget
+
+    with budget.enforce(4096) as limits:
+        budget.release()
+        torch.cuda.reset_peak_memory_stats()
+        assert 0 < limits.context < 2**31 and limits.limit + limits.context < 4096 * budget.MIB
+        half = torch.empty(limits.limit // 2, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(limits.limit, dtype=torch.uint8, device="cuda")
+        peaks = limits.peaks()
+        assert half.nbytes <= peaks["peak_allocated_bytes"] <= peaks["peak_reserved_bytes"] < peaks["process_peak_bytes"]
+        with pytest.raises(MemoryError, match="are its budget"):
+            budget.Budget(limits.context + half.nbytes // 2, limits.context).peaks()
+    assert torch.empty(limits.limit, dtype=torch.uint8, device="cuda").nbytes == limits.limit  # half is still there
+
+
+def test_accelerate_offloads_within_a_budget(llama: tuple[Path, Path]) -> None:
+    from df11 import hf
+    from experiments import offload
+
+    ids = torch.arange(3, 103, device="cuda").view(2, 50)
+    with torch.inference_mode():
+        model = hf.load(llama[0], "cuda")
+        expected = model(ids).logits
+        size = sum(p.nbytes for p in model.parameters())
+        device_map = offload.map_devices(model, size // 2, size)
+        stored = offload.dispatch(model, device_map)
+        assert 0 < stored["gpu"] <= size // 2 and stored["host"] > 0
+        assert same_bits(model(ids).logits, expected)
+
+
 def test_no_memory_is_lost_between_fused_weights() -> None:
     from df11.fused import fuse_
 

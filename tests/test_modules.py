@@ -197,6 +197,17 @@ def test_prefetching_goes_by_blocks_side_by_side(original: Model) -> None:
         attach(nested, "block", prefetch=True)
 
 
+def test_the_first_offloaded_block_is_fetched_while_others_run(original: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, seen, fill = original(IDS), [], runtime._Owner.fill
+    offload_(original, 1)
+    attach(original, "block", prefetch=True)
+    monkeypatch.setattr(runtime._Owner, "fill", lambda owner: (seen.append("fetched"), fill(owner)))
+    original.embed.register_forward_pre_hook(lambda *arguments: seen.append("runs"))
+    for _ in range(2):
+        assert same_bits(original(IDS), expected)
+    assert seen == ["fetched", "runs"] * 2
+
+
 def test_prefetching_survives_calls_out_of_order(original: Model) -> None:
     """A block run alone, or twice, does not get the weights that were fetched for another."""
     x = torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -180,16 +180,18 @@ def test_offload_with_a_budget(config: Configure, gpu: None, tmp_path: Path) -> 
         *OFFLOAD,
         "device=cuda",
         "model.geometry.num_hidden_layers=4",
-        "bench.memory_mib=72",
+        "bench.memory_mib=872",
         "bench.variants=[bf16_accelerate,dfloat11_resident,bf16_offload,dfloat11_offload]",
     )
     folder = results(tmp_path, offload, cfg)
     table = pd.DataFrame(store.read_csv(folder / "offload.csv"))
     point = table[(table["placement"] == "accelerate") & (table["batch_size"] == "3")]
-    assert set(point["host_memory"]) == {"pageable"} and set(point["memory_mib"]) == {"72"}
+    assert set(point["host_memory"]) == {"pageable"} and set(point["memory_mib"]) == {"872"}
     wanted = {"fraction_offloaded", "host_to_device_gb_per_s", "peak_allocated_bytes", "peak_reserved_bytes", "process_peak_bytes"}
     assert wanted | {"resident_bytes", "manifest_bytes", "buffer_bytes", "gpu_bytes", "host_bytes"} <= set(point["metric"])
     assert len(point[point["metric"] == "tokens_per_s"]) == 2
+    blocks = table[table["metric"] == "blocks_offloaded"]
+    assert set(blocks["codec"]) == {"bf16", "dfloat11"} and blocks["value"].nunique() == 1
     short = offload.table(table, cfg)
     assert (short[short["placement"] == "accelerate"]["times_accelerate"] == 1).all() and len(short) == 8
     drawn(offload_figure.draw, folder, tmp_path / "offload")
