@@ -53,6 +53,11 @@ class Stored(nn.Module):
                 self._weight = kept
         return kept
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its arrays share an allocation."""
+        return self.get_buffer("low").untyped_storage().data_ptr() == self.get_buffer("table").untyped_storage().data_ptr()
+
     def pack_(self) -> None:
         """Move the arrays into one allocation of their size, from wherever pieces of memory were free when they were made."""
         arrays = [self.get_buffer(name) for name in ARRAYS]
@@ -61,6 +66,7 @@ class Stored(nn.Module):
         for name, array, place in zip(ARRAYS, arrays, places, strict=False):
             moved = memory[place : place + array.nbytes].view(array.dtype).view(array.shape)
             self._buffers[name] = moved.copy_(array)
+        self._weight = None
 
 
 class FusedLinear(nn.Module):
@@ -152,7 +158,7 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
 def _pack(model: nn.Module) -> None:
     """Give the pieces of memory back that lie between arrays where larger weights were: 4 to 6 % of the weights' bytes."""
     for stored in model.modules():
-        if isinstance(stored, Stored) and stored.low.is_cuda:
+        if isinstance(stored, Stored) and stored.low.is_cuda and not stored.is_packed:
             torch.cuda.empty_cache()  # so that no piece is taken again
             stored.pack_()
     torch.cuda.empty_cache()

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,6 +121,10 @@ class TiledWeight:
         rows, columns = weights.shape
         weight = cls((rows, columns), **arrays, table=table, uppers=int(code.uppers.view(np.int64)[0]))
         return weight if weight.nbytes < weights.nbytes else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `packed`: copies have other addresses."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def arrays(self) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """mode=fused on the CPU: what becomes of a model, and that it computes what it did."""
 
 import copy
+import pickle
 import weakref
 from pathlib import Path
 
@@ -226,7 +227,13 @@ def test_arrays_in_one_allocation() -> None:
     fuse_(model)
     x, stored = torch.randn(1, 520).bfloat16(), model[0].stored
     before, size = model(x), stored.get().nbytes
+    old = weakref.ref(stored.low)
+    assert not stored.is_packed
     stored.pack_()
+    assert stored.is_packed and old() is None
+    address = stored.get().packed.matrix[:8]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied[0].stored.get().packed.matrix[:8] != address  # of its own arrays
     (storage,) = {array.untyped_storage().data_ptr(): array.untyped_storage() for array in stored.get().arrays}.values()
     assert size <= storage.nbytes() < size + 6 * 512
     assert same_bits(model(x), before) and same_bits(copy.deepcopy(model)(x), before)
