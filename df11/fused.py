@@ -23,7 +23,8 @@ from df11.runtime import CompressedModelError, attach, check_input
 from df11.tiled_ops import ARRAYS, TiledWeight
 
 _TURN = threading.RLock()  # held by the thread in whose embedding the weights are
-ALIGNMENT = 512  # bytes, of arrays that share an allocation
+UNUSED = 1 << 30  # bytes that torch may keep while weights are turned
+_Pools = dict[torch.device, torch.cuda.MemPool]
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers of one input, in the order in which they are called
 
 
@@ -52,21 +53,6 @@ class Stored(nn.Module):
             if not torch.compiler.is_compiling():
                 self._weight = kept
         return kept
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether its arrays share an allocation."""
-        return self.get_buffer("low").untyped_storage().data_ptr() == self.get_buffer("table").untyped_storage().data_ptr()
-
-    def pack_(self) -> None:
-        """Move the arrays into one allocation of their size, from wherever pieces of memory were free when they were made."""
-        arrays = [self.get_buffer(name) for name in ARRAYS]
-        places = list(itertools.accumulate((-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays), initial=0))
-        memory = torch.empty(places[-1], dtype=torch.uint8, device=arrays[0].device)
-        for name, array, place in zip(ARRAYS, arrays, places, strict=False):
-            moved = memory[place : place + array.nbytes].view(array.dtype).view(array.shape)
-            self._buffers[name] = moved.copy_(array)
-        self._weight = None
 
 
 class FusedLinear(nn.Module):
@@ -145,9 +131,11 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
             )
     if any("_df11_pool" in module.__dict__ for module in model.modules()):
         raise CompressedModelError("blocks are offloaded, but mode=fused needs all weights in place: fuse_ before offload_")
-    count = (_fuse_merged(model) if merge else 0) + _fuse_each(model)
+    pools: _Pools = {}
+    count = (_fuse_merged(model, pools) if merge else 0) + _fuse_each(model, pools)
     attach(model)
-    _pack(model)
+    if pools:
+        torch.cuda.empty_cache()
     if hasattr(model, "tie_weights"):
         model.__dict__["tie_weights"] = _tied_already  # transformers' looks for parameters
     for device in {buffer.device for buffer in model.buffers() if buffer.is_cuda}:
@@ -155,16 +143,21 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
     return count
 
 
-def _pack(model: nn.Module) -> None:
-    """Give the pieces of memory back that lie between arrays where larger weights were: 4 to 6 % of the weights' bytes."""
-    for stored in model.modules():
-        if isinstance(stored, Stored) and stored.low.is_cuda and not stored.is_packed:
-            torch.cuda.empty_cache()  # so that no piece is taken again
-            stored.pack_()
-    torch.cuda.empty_cache()
+def _store(weight: TiledWeight, pools: _Pools) -> Stored:
+    """On a GPU apart from all other memory: between what takes the places of larger weights 4 to 6 % of its bytes would be lost."""
+    device = weight.low.device
+    if device.type != "cuda":
+        return Stored(weight)
+    with torch.cuda.device(device):
+        if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > UNUSED:
+            torch.cuda.empty_cache()
+        if device not in pools:
+            pools[device] = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pools[device]):
+            return Stored(weight.joined())
 
 
-def _fuse_merged(model: nn.Module) -> int:
+def _fuse_merged(model: nn.Module, pools: _Pools) -> int:
     uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     count = 0
     for parent, names in itertools.product(list(model.modules()), MERGED):
@@ -178,7 +171,7 @@ def _fuse_merged(model: nn.Module) -> int:
         if (weight := TiledWeight.encode(torch.cat(weights))) is None:
             continue
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        leader = FusedLinear(Stored(weight), torch.cat(biases) if biases else None, [layer.out_features for layer in layers])
+        leader = FusedLinear(_store(weight, pools), torch.cat(biases) if biases else None, [layer.out_features for layer in layers])
         for layer in layers:
             _drop(layer)
         setattr(parent, names[0], leader.eval())
@@ -188,7 +181,7 @@ def _fuse_merged(model: nn.Module) -> int:
     return count
 
 
-def _fuse_each(model: nn.Module) -> int:
+def _fuse_each(model: nn.Module, pools: _Pools) -> int:
     stored: dict[int, Stored] = {}  # by the parameter: tied ones are stored once
     fused: dict[int, tuple[nn.Module, nn.Module]] = {}  # a layer, kept so that its id stays its own, and what it becomes
     for parent in list(model.modules()):
@@ -200,7 +193,7 @@ def _fuse_each(model: nn.Module) -> int:
                 if key not in stored:
                     if (weight := TiledWeight.encode(_dense(layer))) is None:
                         continue
-                    stored[key] = Stored(weight)
+                    stored[key] = _store(weight, pools)
                 became = (
                     _fuse_embedding(layer, stored[key]) if isinstance(layer, nn.Embedding) else _fuse_linear(layer, stored[key])
                 )

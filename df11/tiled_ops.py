@@ -12,6 +12,7 @@ the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -27,6 +28,7 @@ from df11.formats.tiled_encoder import encode, histogram
 MOST_ROWS = tiled_gpu.MOST_ROWS  # of x
 ARRAYS = tuple(tiled_gpu.RULES)
 TILE_ROWS = tiled_gpu.TILE_ROWS
+ALIGNMENT = 512  # bytes, of arrays that share an allocation
 _MATRIX = "Tensor[] arrays, int uppers"
 _LINEAR = f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None%s) -> Tensor"
 
@@ -134,6 +136,15 @@ class TiledWeight:
     def packed(self) -> tiled_gpu.Packed:
         """As it goes with each launch. ValueError where the arrays do not fit together."""
         return tiled_gpu.pack(self.low.get_device(), self.arrays, self.uppers, *self.shape)
+
+    def joined(self) -> TiledWeight:
+        """The same in one allocation."""
+        places = list(itertools.accumulate((-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in self.arrays), initial=0))
+        memory = torch.empty(places.pop(), dtype=torch.uint8, device=self.low.device)
+        moved = {}
+        for name, array, place in zip(ARRAYS, self.arrays, places, strict=True):
+            moved[name] = memory[place : place + array.nbytes].view(array.dtype).view(array.shape).copy_(array)
+        return TiledWeight(self.shape, **moved, uppers=self.uppers)
 
     @property
     def fragments(self) -> int:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from df11 import checkpoint, cli, hf, modules
 from df11.fused import FollowingLinear, FusedLinear, fuse_, is_fused, weights_of
 from df11.runtime import GRANULARITIES, CompressedModelError, attach
+from df11.tiled_ops import TiledWeight
 from tests.helpers import same_bits
 
 SIZES = {
@@ -223,20 +224,15 @@ def test_a_layer_that_moves_leaves_nothing_behind() -> None:
 
 @torch.inference_mode()
 def test_arrays_in_one_allocation() -> None:
-    model = nn.Sequential(nn.Linear(520, 64)).bfloat16().eval()
-    fuse_(model)
-    x, stored = torch.randn(1, 520).bfloat16(), model[0].stored
-    before, size = model(x), stored.get().nbytes
-    old = weakref.ref(stored.low)
-    assert not stored.is_packed
-    stored.pack_()
-    assert stored.is_packed and old() is None
-    address = stored.get().packed.matrix[:8]
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied[0].stored.get().packed.matrix[:8] != address  # of its own arrays
-    (storage,) = {array.untyped_storage().data_ptr(): array.untyped_storage() for array in stored.get().arrays}.values()
-    assert size <= storage.nbytes() < size + 6 * 512
-    assert same_bits(model(x), before) and same_bits(copy.deepcopy(model)(x), before)
+    weight = TiledWeight.encode(torch.randn(64, 520).bfloat16())
+    assert weight is not None
+    joined = weight.joined()
+    (storage,) = {array.untyped_storage().data_ptr(): array.untyped_storage() for array in joined.arrays}.values()
+    assert weight.nbytes <= storage.nbytes() < weight.nbytes + 6 * 512
+    assert all(torch.equal(a, b) for a, b in zip(joined.arrays, weight.arrays, strict=True))
+    assert same_bits(joined.decompress(), weight.decompress())
+    for copied in (copy.deepcopy(joined), pickle.loads(pickle.dumps(joined))):
+        assert copied.packed.matrix[:8] != joined.packed.matrix[:8]  # of its own arrays
 
 
 @torch.inference_mode()
