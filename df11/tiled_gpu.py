@@ -19,6 +19,8 @@ from df11 import driver, gpu
 MATRIX = struct.Struct("PPPPPPQiii4x")  # tiled::Matrix
 LANES, TILE_ROWS = 32, 16
 MOST_WARPS, PRODUCT_WARPS = 28, 24  # tiled::kMostWarps, kProductWarps
+MOST_X_TWICE = 12 * 1024  # bytes: to bring more to each of two thread blocks a multiprocessor costs more than they gain
+RESERVED = 1024  # bytes of each thread block's shared memory, which the system keeps
 # tiled_products_...: the most rows of x, the warps that registers allow, and those that keep memory busy.
 PRODUCTS = {8: (28, 20), 16: (24, 20), 32: (16, 16), 64: (16, 16)}
 MOST_ROWS = max(PRODUCTS)
@@ -89,14 +91,24 @@ def code_bytes(fragments: int) -> int:
 
 
 @functools.cache
-def plan(rows: int, columns: int, fragments: int, processors: int, room: int) -> tuple[int, int]:
-    """Thread blocks and warps of a product. room: bytes of shared memory for codes and x. ValueError where x does not fit."""
+def plan(rows: int, columns: int, fragments: int, processors: int, room: int, fixed: int) -> tuple[int, int]:
+    """Thread blocks and warps of a product of one row: two blocks a multiprocessor, or one where a warp then does fewer tiles.
+
+    room: bytes of shared memory for codes and x; fixed: what else a block takes. ValueError where x does not fit.
+    """
     across, down = -(-columns // (16 * fragments)), -(-rows // TILE_ROWS)
-    blocks = min(processors, down)
-    warps = min(PRODUCT_WARPS, (room - 32 * fragments * across) // code_bytes(fragments))
-    if warps < 1:
+    x = 32 * fragments * across  # bytes
+    best: tuple[int, int, int] | None = None
+    for share in (2, 1) if x <= MOST_X_TWICE else (1,):
+        space = (room + fixed + RESERVED) // share - fixed - RESERVED
+        blocks, warps = min(share * processors, down), min(PRODUCT_WARPS // share, (space - x) // code_bytes(fragments))
+        if warps > 0:
+            rounds = -(-across * -(-down // blocks) // warps)
+            if best is None or rounds < best[0]:
+                best = rounds, blocks, warps
+    if best is None:
         raise ValueError(f"{columns} columns: x does not fit into the GPU's shared memory; use mode=exact")
-    return blocks, warps
+    return best[1], best[2]
 
 
 @dataclass(frozen=True)
@@ -204,7 +216,7 @@ def fits(rows: int, columns: int, fragments: int, batch: int, index: int, wgmma:
     place = kernels.device.processors, kernels.room
     try:
         if batch == 1:
-            plan(rows, columns, fragments, *place)
+            plan(rows, columns, fragments, *place, kernels.fixed_shared)
         else:
             _plan_several(kernels, rows, columns, fragments, batch, wgmma)
     except ValueError:
@@ -290,7 +302,7 @@ def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, w
     bias_at = 0 if bias is None else bias.data_ptr()
     arguments = (weight.matrix, x.data_ptr(), bias_at, y.data_ptr())
     if batch == 1:
-        blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room)
+        blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room, kernels.fixed_shared)
         padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
         kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
         return y

@@ -96,14 +96,15 @@ def test_an_entry_of_the_cache_for_each_kernel(tmp_path: Path, monkeypatch: pyte
 
 def test_x_that_fits_nowhere() -> None:
     with pytest.raises(ValueError, match="mode=exact"):
-        tiled_gpu.plan(64, 200_000, 32, 132, 197_000)
+        tiled_gpu.plan(64, 200_000, 32, 132, 197_000, 35_000)
     with pytest.raises(ValueError, match="mode=exact"):
         tiled_gpu.plan_rows(64, 4096, 32, 64, 132, 50_000)
 
 
 def test_few_warps_where_x_takes_the_room() -> None:
-    assert tiled_gpu.plan(28672, 4096, 32, 132, 197_000) == (132, tiled_gpu.PRODUCT_WARPS)
-    assert tiled_gpu.plan(64, 90_000, 32, 132, 197_000) == (4, (197_000 - 2 * 512 * 176) // tiled_gpu.code_bytes(32))
+    assert tiled_gpu.plan(28672, 4096, 32, 132, 197_000, 35_000) == (264, tiled_gpu.PRODUCT_WARPS // 2)
+    assert tiled_gpu.plan(6144, 4096, 32, 132, 197_000, 35_000) == (132, tiled_gpu.PRODUCT_WARPS)  # one round, not two
+    assert tiled_gpu.plan(64, 90_000, 32, 132, 197_000, 35_000) == (4, (197_000 - 2 * 512 * 176) // tiled_gpu.code_bytes(32))
 
 
 class Recorder:
@@ -111,6 +112,7 @@ class Recorder:
 
     overlap, wide, room = True, False, 197_000
     device = SimpleNamespace(processors=132)
+    fixed_shared = 35_000
 
     def __init__(self) -> None:
         self.launched: list[tuple[Any, ...]] = []

@@ -242,6 +242,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="1 to 64 rows"):
         weight.linear(torch.zeros(65, 512, device="cuda", dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="mode=exact"):
-        tiled_gpu.plan(64, 200_000, 32, 132, 200 * 1024)
+        tiled_gpu.plan(64, 200_000, 32, 132, 197_000, 35_000)
     with pytest.raises(ValueError, match="not those of a matrix"):
         torch.ops.df11.tiled_rows(torch.tensor([0], device="cuda"), weight.arrays, weight.uppers, 80, 512)
