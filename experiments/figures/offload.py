@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -28,8 +29,9 @@ def draw(results: Path) -> Figure:
     paper = published(results, "offload")
     panels = list(dict.fromkeys(zip(*(rows[c] for c in key[:4]), strict=True)))
     papers = list(dict.fromkeys(zip(paper["model"], paper["gpu"], strict=True)))
-    count = len(panels) + len(papers)
-    figure, axes = plt.subplots(2, count, figsize=(2.5 * count, 5.2), sharex=True, sharey="row", squeeze=False)
+    across = max(len(panels), len(papers))
+    figure, axes = plt.subplots(4, across, figsize=(2.6 * across, 10), sharex=True, sharey="row", squeeze=False)
+    named: dict[str, Artist] = {}
     for line, metric in enumerate(METRICS):
         for axis, panel in zip(axes[line], panels, strict=False):
             for (codec, placement), (label, colour, style) in CURVES.items():
@@ -40,22 +42,29 @@ def draw(results: Path) -> Figure:
                 for tokens, curve in curves.groupby(level="tokens"):
                     curve = curve.droplevel("tokens")
                     if tokens == short:
-                        axis.plot(curve.index, curve, style, color=colour, marker=".", label=label)
+                        (named[label],) = axis.plot(curve.index, curve, style, color=colour, marker=".")
                     else:
-                        axis.plot(curve.index, curve, "x", color=colour, label=f"{label}, {tokens} tokens")
+                        (named[f"{label}, {tokens} tokens"],) = axis.plot(curve.index, curve, "x", color=colour)
             model, weights, gpu, memory = panel
             finish(
                 axis, f"Measured, {model}" + ("" if model.endswith("_synthetic") else f" ({weights})") + f"\n{gpu}, {memory} MiB"
             )
-        for axis, (model, gpu) in zip(axes[line][len(panels) :], papers, strict=True):
+        for axis, (model, gpu) in zip(axes[2 + line], papers, strict=False):
             own = paper[(paper["model"] == model) & (paper["gpu"] == gpu)]
             for name, label, colour in (("bf16_offload", "BF16, CPU offload", GREY), ("df11", "DFloat11", BLUE)):
-                axis.plot(own["batch_size"], own[f"{name}_{metric}"], color=colour, marker=".", label=label)
+                x, y = own["batch_size"], own[f"{name}_{metric}"]
+                (named[f"published: {label}"],) = axis.plot(x, y, color=colour, marker=".")
             finish(axis, f"Published, {model}\n{gpu}")
-        axes[line][0].set_ylabel(METRICS[metric])
-    for axis in axes[1]:
-        axis.set_xlabel("batch size")
-        axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+        for row in (line, 2 + line):
+            axes[row][0].set_ylabel(METRICS[metric])
+    for row, used in ((1, panels), (3, papers)):
+        for axis in axes[row][: len(used)]:
+            axis.set_xlabel("batch size")
+            axis.tick_params(labelbottom=True)
+    for row, used in enumerate((panels, panels, papers, papers)):
+        for axis in axes[row][len(used) :]:
+            axis.set_axis_off()
+    figure.legend(list(named.values()), list(named), fontsize=7, ncols=2, loc="outside lower center")
     return figure
 
 
