@@ -35,6 +35,7 @@ class Stored(nn.Module):
         super().__init__()
         self.shape, self.uppers = weight.shape, weight.uppers
         self._weight: TiledWeight | None = None
+        self._addresses: list[int] = []  # of the arrays that it was made of
         for name in ARRAYS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
 
@@ -46,13 +47,22 @@ class Stored(nn.Module):
         moved: nn.Module = super()._apply(*given, **named)  # type: ignore[no-untyped-call]
         return moved
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With arrays of their own: torch.save refuses tensors of several dtypes in one allocation."""
+        return self.__dict__ | {"_weight": None, "_buffers": {name: array.clone() for name, array in self._arrays().items()}}
+
+    def _arrays(self) -> dict[str, torch.Tensor]:
+        return {name: self._buffers[name] for name in ARRAYS}  # type: ignore[misc]  # none is None
+
     def get(self) -> TiledWeight:
-        kept = None if torch.compiler.is_compiling() else self._weight
-        if kept is None or kept.low is not self._buffers["low"]:
-            kept = TiledWeight(self.shape, **{name: self.get_buffer(name) for name in ARRAYS}, uppers=self.uppers)
-            if not torch.compiler.is_compiling():
-                self._weight = kept
-        return kept
+        arrays = self._arrays()
+        if torch.compiler.is_compiling():
+            return TiledWeight(self.shape, **arrays, uppers=self.uppers)
+        addresses = [array.data_ptr() for array in arrays.values()]
+        if self._weight is None or addresses != self._addresses:
+            self._weight = TiledWeight(self.shape, **arrays, uppers=self.uppers)
+            self._addresses = addresses
+        return self._weight
 
 
 class FusedLinear(nn.Module):

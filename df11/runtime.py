@@ -137,13 +137,17 @@ class _Ahead:
 
     def begin(self) -> None:
         """Before a forward: the first owner's, while modules before it run."""
-        if self._held.get(self.owners[0].buffer) != 0:
-            self._fetch(0)
+        self.end()
+        self._fetch(0)
+
+    def end(self) -> None:
+        """After a forward: nothing is kept. In a graph capture that failed nothing was decompressed either."""
+        self._held.clear()
 
     def _fetch(self, index: int) -> None:
         owner = self.owners[index]
         if side := self._side(owner.device):
-            # Its buffer is free: who had it before has been launched by now.
+            # Its buffer is free: who had it before has been launched by now, on this same stream.
             side.wait_stream(torch.cuda.current_stream(owner.device))
             self._busy = side
         with torch.cuda.stream(side):
@@ -191,18 +195,27 @@ def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", p
         handles.append(owner.module.register_forward_pre_hook(enter, prepend=True))
         handles.append(owner.module.register_forward_hook(leave, always_call=True))
     if ahead and owned and not isinstance(owned[0].module, nn.Embedding):  # others run before it
-        handles.append(model.register_forward_pre_hook(_begin(ahead, workspace.turn), prepend=True))
+        begin, end = _around(ahead, workspace.turn)
+        handles.append(model.register_forward_pre_hook(begin, prepend=True))
+        handles.append(model.register_forward_hook(end, always_call=True))
     model.__dict__["_df11_hooks"] = handles
     return workspace
 
 
-def _begin(ahead: _Ahead, turn: threading.RLock) -> Any:
+def _around(ahead: _Ahead, turn: threading.RLock) -> tuple[Any, Any]:
+    """Hooks of the whole model."""
+
     def begin(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():
             with turn:
                 ahead.begin()
 
-    return begin
+    def end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            with turn:
+                ahead.end()
+
+    return begin, end
 
 
 def _decoder(kernel: str) -> Decode:

@@ -290,7 +290,7 @@ def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, w
     if batch > 1 and columns % 4:
         raise ValueError(f"x: {batch} rows of {columns} columns: only single rows may have columns that are not in fours")
     if x.get_device() != index:
-        raise ValueError(f"x: on {x.device}, the weights are on cuda:{index}")
+        raise ValueError(f"x: on {x.device}, the weights are on {'the CPU' if index < 0 else f'cuda:{index}'}")
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,) or bias.device != x.device):
         raise ValueError(f"bias: {bias.dtype}{list(bias.shape)} on {bias.device}, needed torch.bfloat16[{rows}] on {x.device}")
     bias = None if bias is None else bias.contiguous()

@@ -96,7 +96,10 @@ def _decoded(arrays: Sequence[torch.Tensor], uppers: int, shape: tuple[int, int]
 
 @dataclass(frozen=True)
 class TiledWeight:
-    """A matrix [rows, columns] in the tiled layout as tensors on one device. Shapes: docs/format.md; int32 are bits of uint32."""
+    """A matrix [rows, columns] in the tiled layout as tensors on one device. Shapes: docs/format.md; int32 are bits of uint32.
+
+    Its arrays stay where they are: a product is launched with addresses that were read once.
+    """
 
     shape: tuple[int, int]
     low: torch.Tensor
@@ -125,8 +128,9 @@ class TiledWeight:
         return weight if weight.nbytes < weights.nbytes else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without `packed`: copies have other addresses."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Without `packed`: copies have other addresses. With arrays of their own, as torch.save wants several dtypes."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return kept | {name: kept[name].clone() for name in ARRAYS}
 
     @property
     def arrays(self) -> list[torch.Tensor]:

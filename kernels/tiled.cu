@@ -389,8 +389,8 @@ __device__ __forceinline__ void gather(const Matrix& m, const int64_t* rows, uin
 
 }  // namespace tiled
 
-// Launch with 32 threads for each of up to kMostWarps warps, or kProductWarps; the product and decompression with a thread block for each
-// multiprocessor.
+// Launch with 32 threads for each of up to kMostWarps warps, or kProductWarps; decompression with a thread block for each
+// multiprocessor, the product with one or two.
 // Dynamic shared memory: kPadding, sizeof(Shared), 128 code_rows(F) for each warp, and for the product x in whole tiles.
 extern "C" __constant__ const int tiled_shared = tiled::kPadding + int(sizeof(tiled::Shared));
 

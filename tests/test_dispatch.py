@@ -101,6 +101,25 @@ def test_x_that_fits_nowhere() -> None:
         tiled_gpu.plan_rows(64, 4096, 32, 64, 132, 50_000)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (6144, 4096), (5120, 5120), (8192, 3840), (7168, 5120), (16384, 53248)], ids=str)
+@pytest.mark.parametrize(
+    ("capability", "processors", "room"), [(80, 108, 164), (86, 84, 100), (89, 128, 100), (90, 132, 228), (120, 170, 100)]
+)
+def test_plans_of_one_row_fit(shape: tuple[int, int], capability: int, processors: int, room: int) -> None:
+    """Of so many KB of shared memory a multiprocessor has, the system keeps one of each thread block."""
+    (rows, columns), f, fixed = shape, tile_fragments(shape[1]), 35_328
+    x, most = 32 * f * -(-columns // (16 * f)), 1024 * (room - 1)
+    try:
+        blocks, warps = tiled_gpu.plan(rows, columns, f, processors, most - fixed, fixed)
+    except ValueError:
+        assert fixed + x + tiled_gpu.code_bytes(f) > most
+        return
+    block = fixed + x + warps * tiled_gpu.code_bytes(f)
+    assert warps >= 1 and block <= most and 1 <= blocks <= min(2 * processors, -(-rows // 16))
+    if blocks > processors:
+        assert 2 * (block + 1024) <= 1024 * room and 2 * warps <= tiled_gpu.PRODUCT_WARPS
+
+
 def test_few_warps_where_x_takes_the_room() -> None:
     assert tiled_gpu.plan(28672, 4096, 32, 132, 197_000, 35_000) == (264, tiled_gpu.PRODUCT_WARPS // 2)
     assert tiled_gpu.plan(6144, 4096, 32, 132, 197_000, 35_000) == (132, tiled_gpu.PRODUCT_WARPS)  # one round, not two

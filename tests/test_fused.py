@@ -11,10 +11,10 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from df11 import checkpoint, cli, hf, modules
+from df11 import checkpoint, cli, hf, modules, tiled_gpu
 from df11.fused import FollowingLinear, FusedLinear, fuse_, is_fused, weights_of
 from df11.runtime import GRANULARITIES, CompressedModelError, attach
-from df11.tiled_ops import TiledWeight
+from df11.tiled_ops import ARRAYS, TiledWeight
 from tests.helpers import same_bits
 
 SIZES = {
@@ -231,8 +231,28 @@ def test_arrays_in_one_allocation() -> None:
     assert weight.nbytes <= storage.nbytes() < weight.nbytes + 6 * 512
     assert all(torch.equal(a, b) for a, b in zip(joined.arrays, weight.arrays, strict=True))
     assert same_bits(joined.decompress(), weight.decompress())
+    assert len(pickle.dumps(joined)) < weight.nbytes + 4096
     for copied in (copy.deepcopy(joined), pickle.loads(pickle.dumps(joined))):
         assert copied.packed.matrix[:8] != joined.packed.matrix[:8]  # of its own arrays
+
+
+@torch.inference_mode()
+def test_addresses_are_those_of_the_arrays(tmp_path: Path) -> None:
+    """Whatever moves or replaces them: `.data`, a buffer, copies of the model, files."""
+    model = nn.Sequential(nn.Linear(520, 64)).bfloat16().eval()
+    fuse_(model)
+    x, stored = torch.randn(2, 520).bfloat16(), model[0].stored
+    model[0].stored.__init__(stored.get().joined())  # type: ignore[misc]  # as on a GPU
+    before = model(x)
+    torch.save(model, tmp_path / "model.pt")
+    for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert copied[0].stored.get().packed.matrix[:8] != stored.get().packed.matrix[:8] and same_bits(copied(x), before)
+    for name in ARRAYS:
+        stored.get_buffer(name).data = stored.get_buffer(name).data.clone()
+        assert stored.get().packed == tiled_gpu.pack(-1, stored.get().arrays, stored.uppers, *stored.shape)
+        setattr(stored, name, stored.get_buffer(name).clone())
+        assert getattr(stored.get(), name) is stored.get_buffer(name)
+    assert same_bits(model(x), before)
 
 
 @torch.inference_mode()

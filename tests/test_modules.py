@@ -208,6 +208,29 @@ def test_the_first_offloaded_block_is_fetched_while_others_run(original: Model, 
     assert seen == ["fetched", "runs"] * 2
 
 
+@pytest.mark.parametrize("last", ["embed", "layers.0", "layers.1"])
+def test_a_forward_that_failed_leaves_nothing_fetched(original: Model, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
+    """In a graph capture nothing is copied or decompressed: a forward afterwards must not take it to be."""
+
+    def stop(*arguments: object) -> None:
+        raise RuntimeError("stop")
+
+    expected, x = original(IDS), torch.randn(1, 16).bfloat16()
+    alone = original.layers[0](x)
+    offload_(original, 2)
+    workspace = attach(original, "block", prefetch=True)
+    assert same_bits(original(IDS), expected)
+    for again, wanted in ((lambda: original(IDS), expected), (lambda: original.layers[0](x), alone)):
+        handle = original.get_submodule(last).register_forward_pre_hook(stop)
+        with monkeypatch.context() as capture, pytest.raises(RuntimeError, match="stop"):
+            capture.setattr(runtime._Owner, "fill", lambda owner: None)
+            original(IDS)
+        handle.remove()
+        for buffer in (0, 1):
+            workspace.bytes(torch.device("cpu"), buffer, 0, workspace.nbytes // 2).fill_(7)
+        assert same_bits(again(), wanted)
+
+
 def test_prefetching_survives_calls_out_of_order(original: Model) -> None:
     """A block run alone, or twice, does not get the weights that were fetched for another."""
     x = torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
