@@ -1,7 +1,7 @@
 """Which model fits which GPU, and with how long a context (v1 Table 1): weights, decode buffer, keys and values, and a reserve.
 
-Compressed sizes are those of really encoded tensors, each a unit of its own as a loaded model has them. Nothing is run here:
-`capacity_check` does that on one GPU.
+Compressed sizes are those of really encoded tensors, each a unit of its own as a loaded model has them (mode=fused merges some).
+Nothing is run here: `capacity_check` does that on one GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from experiments.harness.api import Need, Point
 from experiments.harness.progress import track
 
 AXES = ("module", "blocks", "granularity", "context_tokens", "card", "cards", "card_mib")
-TABLE_BYTES = 4 * gpu.TABLE_WORDS  # of the fast kernel, for each unit
+TABLE_BYTES = {"dfloat11": 4 * gpu.TABLE_WORDS, "tiled": 0}  # of the fast kernel, for each unit
+RUNS = {"bf16": {"kernel": "-"}, "dfloat11": {"kernel": "fast"}, "tiled": {"kernel": "tiled", "mode": "fused"}}  # codec: by what
 
 
 def inputs(cfg: Config) -> object:
@@ -39,37 +40,41 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
     source = open_source(cfg.model, cfg.seed, cfg.cache)
     units, rest = split_units(source.tensors(), cfg.model.sample_blocks)
     identity = {"weights": source.weights, "blocks": sampled_blocks(units)}
-    stored: dict[str, int] = {}
+    stored: dict[str, dict[str, int]] = {codec: {} for codec in TABLE_BYTES}
     for unit in track(units, description=f"compress {cfg.model.name}"):
-        if unit.name in done:
-            stored[unit.name] = int(done[unit.name][0]["value"])
-            continue
-        stored[unit.name] = compressed_bytes(source, unit)
-        row = {"codec": "dfloat11", "module": unit.name, "metric": "stored_bytes", "value": stored[unit.name], "unit": "bytes"}
-        yield Point(unit.name, [identity | row], source.provenance)
+        for codec, sizes in stored.items():
+            key = f"{unit.name}, {codec}"
+            if key in done:
+                sizes[unit.name] = int(done[key][0]["value"])
+                continue
+            sizes[unit.name] = compressed_bytes(source, unit, codec)
+            row = {"codec": codec, "module": unit.name, "metric": "stored_bytes", "value": sizes[unit.name], "unit": "bytes"}
+            yield Point(key, [identity | RUNS[codec] | row], source.provenance)
     original = {unit.name: sum(t.nbytes for t in unit.tensors) for unit in units}
     layer = max(t.nbytes for unit in units for t in unit.tensors)
-    footprints = {("bf16", "-"): footprint(cfg, units, original, sum(t.nbytes for t in rest), 0)}
+    others = sum(t.nbytes for t in rest)
+    footprints = {("bf16", "-"): footprint(cfg, units, original, others, 0)}
     for granularity, buffer in (("layer", layer), ("block", max(original.values()))):
-        footprints["dfloat11", granularity] = footprint(cfg, units, stored, sum(t.nbytes for t in rest), buffer)
+        footprints["dfloat11", granularity] = footprint(cfg, units, stored["dfloat11"], others, buffer)
+    footprints["tiled", "-"] = footprint(cfg, units, stored["tiled"], others, layer)  # long prompts decompress a layer at a time
     for card in cfg.bench.cards:
         key = f"{card.count} x {card.name}"
         if key not in done:
             fixed = identity | {"module": "all", "card": card.name, "cards": card.count, "card_mib": card.mib}
             rows = []
             for (codec, granularity), model in footprints.items():
-                named = {"codec": codec, "kernel": "-" if codec == "bf16" else "fast", "granularity": granularity}
-                rows += [fixed | named | row for row in verdicts(cfg, model, card.mib << 20, card.count)]
+                named = {"codec": codec, "granularity": granularity}
+                rows += [fixed | RUNS[codec] | named | row for row in verdicts(cfg, model, card.mib << 20, card.count)]
             yield Point(key, rows)
 
 
-def compressed_bytes(source: WeightSource, unit: Unit) -> int:
+def compressed_bytes(source: WeightSource, unit: Unit, name: str) -> int:
     """Bytes on a GPU of all matrices of a unit."""
-    codec = get_format("dfloat11")
+    codec = get_format(name)
     size = 0
     for tensor in unit.tensors:
         encoded = codec.encode(partial(source.chunks, tensor.name), [tensor.shape])
-        size += sum(codec.nbytes(encoded).values()) + TABLE_BYTES
+        size += sum(codec.nbytes(encoded).values()) + TABLE_BYTES[name]
     return size
 
 
@@ -97,7 +102,7 @@ def verdicts(cfg: Config, model: Footprint, memory: int, cards: int) -> Iterator
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     """A line for cards and contexts: what is needed, and whether it fits, in BF16 and compressed."""
     found = rows[rows["metric"].isin(["needed_bytes", "fits"])].copy()
-    found["name"] = found["codec"].where(found["codec"] == "bf16", found["granularity"])
+    found["name"] = found["granularity"].where(found["codec"] == "dfloat11", found["codec"])
     found["value"] = found["value"].where(found["metric"] == "fits", found["value"] / 1e9)
     found["metric"] = found["metric"].replace({"needed_bytes": "GB"})
     wide = found.pivot_table(index=["cards", "card", "context_tokens"], columns=["name", "metric"], values="value", sort=False)

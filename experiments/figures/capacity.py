@@ -18,7 +18,7 @@ COLOURS = {"BF16 and DFloat11 fit": BLUE, "only DFloat11 fits": ORANGE, "neither
 
 def draw(results: Path) -> Figure:
     rows = one(load(results, "capacity"), module="all")
-    rows = rows[(rows["granularity"] == GRANULARITY) | (rows["codec"] == "bf16")]
+    rows = rows[(rows["granularity"] == GRANULARITY) | (rows["codec"] != "dfloat11")]
     rows = rows.assign(where=rows["cards"].astype(str) + " x " + rows["card"])
     weights = rows[(rows["metric"] == "weights_bytes") & (rows["codec"] == "bf16")].groupby("model")["value"].first()
     models = list(weights.sort_values().index)
@@ -29,20 +29,22 @@ def draw(results: Path) -> Figure:
     cards = rows.astype({"card_mib": int, "cards": int}).assign(total=lambda r: r["card_mib"] * r["cards"])
     where = list(cards.groupby("where")["total"].first().sort_values().index)
     measured = checks(results)
-    figure, axis = plt.subplots(figsize=(1.6 + 0.95 * len(where), 0.9 + 0.24 * len(models) + 0.16 * len(measured)))
+    figure, axis = plt.subplots(figsize=(1.6 + 1.1 * len(where), 0.9 + 0.24 * len(models) + 0.16 * len(measured)))
     names = list(COLOURS)
     picture = np.zeros((len(models), len(where), 4))
     for y, model in enumerate(models):
         for x, place in enumerate(where):
             verdict = names[2 - int(fitting[model, place, "bf16"]) - int(fitting[model, place, "dfloat11"])]
             picture[y, x] = to_rgba(COLOURS[verdict], 0.55)
-            contexts = [shorten(longest[model, place, codec]) for codec in ("bf16", "dfloat11")]
-            axis.text(x, y, " / ".join(contexts), ha="center", va="center", fontsize=6)
+            contexts = [shorten(longest[model, place, codec]) for codec in ("bf16", "dfloat11", "tiled")]
+            axis.text(x, y, " / ".join(contexts), ha="center", va="center", fontsize=5.5)
     axis.imshow(picture, aspect="auto")
     axis.set_xticks(range(len(where)), where, fontsize=6)
     axis.set_yticks(range(len(models)), [f"{m} ({weights[m] / 1e9:.0f} GB)" for m in models], fontsize=6)
     axis.tick_params(length=0)
-    axis.set_title(f"Fits with {tokens} tokens; longest context in tokens, BF16 / DFloat11 (synthetic weights)", fontsize=8)
+    axis.set_title(
+        f"Fits with {tokens} tokens; longest context in tokens, BF16 / DFloat11 / mode=fused (synthetic weights)", fontsize=8
+    )
     handles = [Patch(color=to_rgba(colour, 0.55), label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7)
     axis.set_xlabel("\n".join(measured), fontsize=6)

@@ -212,9 +212,11 @@ def test_capacity(rows: Callable[..., pd.DataFrame], tmp_path: Path) -> None:
     assert set(table["blocks"]) == {"all"}
     fits = table[table["metric"] == "fits"].set_index(["cards", "card", "codec", "granularity"])["value"]
     assert fits["1", "small", "bf16", "-"] == fits["1", "large", "dfloat11", "layer"] == 1
-    stored = table[table["metric"] == "stored_bytes"]["value"].sum()
-    weights = table[(table["metric"] == "weights_bytes") & (table["codec"] == "dfloat11")]["value"]
-    assert set(weights) == {stored + 2 * 5 * 128}
+    sums = table[table["metric"] == "stored_bytes"].groupby("codec")["value"].sum()
+    assert set(sums.index) == {"dfloat11", "tiled"} and set(table[table["codec"] == "tiled"]["mode"]) == {"fused"}
+    for codec, stored in sums.items():
+        weights = table[(table["metric"] == "weights_bytes") & (table["codec"] == codec)]["value"]
+        assert set(weights) == {stored + 2 * 5 * 128}
     rows("capacity_check", "bench.lengths=[20]", *SMALL)
     drawn(capacity_figure.draw, tmp_path)
     tried = {"model": "m", "gpu": "g", "codec": "tiled", "granularity": "-"}
