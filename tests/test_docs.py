@@ -284,14 +284,11 @@ def test_numbers_are_those_of_the_rows(file: str, claims: Callable[[], Iterator[
 
 
 def tiled(buffer: int) -> Footprint:
-    coded = {
-        unit: value("compression_ratio", model=MODEL, scope="unit", module=unit, metric="coded_weights") * TILED_BITS / 8
-        for unit in ("model.layers.0", "model.embed_tokens", "lm_head")
-    }
-    rest = value("compression_ratio", model=MODEL, scope="model", metric="uncompressed_bytes")
+    stored: dict[str, Any] = {"name": "capacity", "model": MODEL, "codec": "tiled", "metric": "stored_bytes"}
+    block, first, last = (int(value(**stored, module=unit)) for unit in ("model.layers.0", "model.embed_tokens", "lm_head"))
+    rest = int(value("compression_ratio", model=MODEL, scope="model", metric="uncompressed_bytes"))
     token = value("capacity", **CARDS, granularity="block", context_tokens=4096, metric="cache_bytes") / 4096
-    block, first, last = coded.values()
-    return Footprint(126, block, round(first), round(last + rest), buffer, RESERVE, lambda tokens: int(token * tokens))
+    return Footprint(126, block, first, last + rest, buffer, RESERVE, lambda tokens: int(token * tokens))
 
 
 def test_sizes_of_405b() -> None:
@@ -301,7 +298,8 @@ def test_sizes_of_405b() -> None:
     room = 8 * (MEMORY - RESERVE)
     assert f"| BF16 | {original / 1e9:.1f} |" in TEXT
     assert f"| published layout | {published / 1e9:.1f} |" in TEXT
-    assert f"| tiled layout | {tiled(0).weights / 1e9:.1f} *est.* |" in TEXT
+    fused = value("capacity", **CARDS, codec="tiled", metric="weights_bytes")
+    assert fused == tiled(0).weights and f"| tiled layout | {fused / 1e9:.1f} | the same, " in TEXT
     exact = int(value("capacity", **CARDS, granularity="block", metric="longest_context"))
     left = (room - published - buffers) / 1e9
     assert f"by block | {buffers / 1e9:.1f} (`capacity`) | {left:.1f} *est.* | {exact:,} (`capacity`) |" in TEXT
@@ -312,15 +310,21 @@ def test_bits_of_the_tiled_layout() -> None:
     rows = rows[(rows["metric"] == "bits_per_weight") & (rows["codec"] == "tiled") & (rows["columns"].astype(int) >= 5120)]
     rows = rows[[tile_fragments(int(columns)) == tile_fragments(16384) for columns in rows["columns"]]]
     bits = rows["value"].astype(float)
-    assert f"{bits.min():.3f} to {bits.max():.3f} in every shape of 5,120 columns and more with tiles of the same width" in TEXT
+    coded = value("compression_ratio", model=MODEL, scope="unit", module="lm_head", metric="coded_weights")
+    own = 8 * value("capacity", model=MODEL, codec="tiled", module="lm_head", metric="stored_bytes") / coded
+    assert (
+        f"lm_head has {own:.3f} bits a weight; `linear` {bits.min():.3f} to {bits.max():.3f} in every shape of 5,120 columns"
+        in TEXT
+    )
     assert {round(b, 2) for b in bits} == {TILED_BITS}
 
 
-@pytest.mark.parametrize("buffer", [0, 2 * 128256 * 16384])
-def test_contexts_of_mode_fused(buffer: int) -> None:
+@pytest.mark.parametrize(("buffer", "source"), [(0, "*est.*"), (2 * 128256 * 16384, "(`capacity`)")])
+def test_contexts_of_mode_fused(buffer: int, source: str) -> None:
     model = tiled(buffer)
-    left = (8 * (MEMORY - RESERVE - buffer) - model.weights) / 1e9
-    assert f"{left:.1f} *est.* | {model.longest(MEMORY, 8):,} *est.* |" in TEXT
+    left, longest = (8 * (MEMORY - RESERVE - buffer) - model.weights) / 1e9, model.longest(MEMORY, 8)
+    assert f"{left:.1f} *est.* | {longest:,} {source} |" in TEXT
+    assert not buffer or longest == value("capacity", **CARDS, codec="tiled", metric="longest_context")
 
 
 def test_loading_and_verifying() -> None:
