@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from df11 import memory
 from df11.ops import CompressedUnit, encode
 from df11.sources import is_matrix, is_selected
 
 PARTS = ("sign_mantissa", "luts", "gaps", "output_positions")
-ALIGNMENT = 256  # bytes; as torch's allocator does at least, so that cuBLAS chooses as for a tensor of its own
 
 
 @dataclass
@@ -192,40 +192,25 @@ class Pool:
     def __init__(self, parameters: list[CompressedParameter], device: torch.device) -> None:
         self.device = device
         self.parameters = parameters
-        self._places: list[dict[str, int]] = []
-        self.nbytes = 0
-        for parameter in parameters:
-            self._places.append({})
-            for part, array in parameter.arrays.items():
-                self._places[-1][part] = self.nbytes
-                self.nbytes += aligned(array.nbytes)
+        *self._places, self.nbytes = memory.places(array for parameter in parameters for array in parameter.arrays.values())
         self.memory = _pinned(self.nbytes) if device.type == "cuda" else torch.empty(self.nbytes, dtype=torch.uint8)
         for parameter, views in zip(parameters, self.views(self.memory), strict=True):
             for part, array in parameter.arrays.items():
                 parameter.module._buffers[parameter.array_name(part)] = views[part].copy_(array)
 
-    def views(self, memory: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    def views(self, piece: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """Each parameter's arrays in the pool's memory, or in a copy of it."""
-        return [
-            {part: _view(memory, places[part], array) for part, array in parameter.arrays.items()}
-            for parameter, places in zip(self.parameters, self._places, strict=True)
-        ]
-
-
-def _view(memory: torch.Tensor, at: int, like: torch.Tensor) -> torch.Tensor:
-    return memory[at : at + like.nbytes].view(like.dtype).view(like.shape)
+        places = iter(self._places)
+        every = (parameter.arrays for parameter in self.parameters)
+        return [{part: memory.view(piece, next(places), array) for part, array in arrays.items()} for arrays in every]
 
 
 def _pinned(size: int) -> torch.Tensor:
     """Page-locked host memory of just this size (torch's own allocator rounds up to a power of two)."""
-    memory = torch.empty(size, dtype=torch.uint8)
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
-    weakref.finalize(memory.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, memory.data_ptr())
-    return memory
-
-
-def aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    piece = torch.empty(size, dtype=torch.uint8)
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0))
+    weakref.finalize(piece.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, piece.data_ptr())
+    return piece
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

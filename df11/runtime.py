@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from df11 import ops, released
-from df11.modules import CompressedParameter, Pool, aligned, compressed_parameters, inside
+from df11.memory import aligned
+from df11.modules import CompressedParameter, Pool, compressed_parameters, inside
 from df11.ops import CompressedUnit
 
 GRANULARITIES = ("layer", "block")

@@ -12,7 +12,6 @@ the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from df11 import tiled_gpu
+from df11 import memory, tiled_gpu
 from df11.formats.tiled import Tiled, TiledMatrix, TiledUnit
 from df11.formats.tiled_code import TiledCode, make_code
 from df11.formats.tiled_encoder import encode, histogram
@@ -28,7 +27,6 @@ from df11.formats.tiled_encoder import encode, histogram
 MOST_ROWS = tiled_gpu.MOST_ROWS  # of x
 ARRAYS = tuple(tiled_gpu.RULES)
 TILE_ROWS = tiled_gpu.TILE_ROWS
-ALIGNMENT = 512  # bytes, of arrays that share an allocation
 _MATRIX = "Tensor[] arrays, int uppers"
 _LINEAR = f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None%s) -> Tensor"
 
@@ -143,12 +141,10 @@ class TiledWeight:
 
     def joined(self) -> TiledWeight:
         """The same in one allocation."""
-        places = list(itertools.accumulate((-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in self.arrays), initial=0))
-        memory = torch.empty(places.pop(), dtype=torch.uint8, device=self.low.device)
-        moved = {}
-        for name, array, place in zip(ARRAYS, self.arrays, places, strict=True):
-            moved[name] = memory[place : place + array.nbytes].view(array.dtype).view(array.shape).copy_(array)
-        return TiledWeight(self.shape, **moved, uppers=self.uppers)
+        *places, size = memory.places(self.arrays)
+        piece = torch.empty(size, dtype=torch.uint8, device=self.low.device)
+        moved = [memory.view(piece, at, array).copy_(array) for at, array in zip(places, self.arrays, strict=True)]
+        return TiledWeight(self.shape, **dict(zip(ARRAYS, moved, strict=True)), uppers=self.uppers)
 
     @property
     def fragments(self) -> int:

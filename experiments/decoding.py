@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import StaticLayer
 
 from df11 import ops, released, runtime
-from df11.modules import aligned
+from df11.memory import aligned
 from experiments.harness import timing
 
 LAUNCHES = ("eager", "graph")

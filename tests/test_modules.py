@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from df11 import modules, runtime
+from df11.memory import aligned
 from df11.modules import compress_, compressed_parameters, offload_, stored_bytes
 from df11.runtime import CompressedModelError, attach
 from tests.helpers import same_bits
@@ -70,8 +71,8 @@ def test_the_same_bits_come_out(original: Model, granularity: str) -> None:
     workspace = attach(model, granularity)
     for _ in range(2):
         assert same_bits(model(IDS), expected)
-    whole_block = sum(modules.aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
-    largest = max(modules.aligned(2 * 50 * 16), 2 * modules.aligned(2 * 3 * 16 * 24))
+    whole_block = sum(aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
+    largest = max(aligned(2 * 50 * 16), 2 * aligned(2 * 3 * 16 * 24))
     assert workspace.nbytes == (whole_block if granularity == "block" else largest)
     attach(model, "layer")
     assert same_bits(model(IDS), expected)
@@ -177,7 +178,7 @@ def test_offloaded_and_prefetched_blocks_give_the_same_bits(original: Model, com
     if not compressed:
         assert modules.is_compressed(model) is False and stored_bytes(model) == before
         # One copy of a block's matrices, two where the next one is fetched meanwhile.
-        block = sum(modules.aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
+        block = sum(aligned(2 * p.numel()) for p in original.layers[0].parameters() if p.dim() > 1)
         assert workspace.nbytes == block * (min(blocks, 1 + prefetch))
     with pytest.raises(ValueError, match="the model has 2 transformer blocks"):
         offload_(model, 3)
