@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import struct
 from pathlib import Path
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -83,11 +85,21 @@ def launch(
     overlap: the kernel may begin when the one before it on the stream lets it, or ends (programmatic dependent launch). It must
     wait by griddepcontrol before it touches what that one reads or writes.
     """
-    values = [ctypes.create_string_buffer(a, len(a)) if isinstance(a, bytes) else ctypes.c_uint64(a) for a in arguments]
-    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    _call("cuLaunchKernelEx", ctypes.byref(_config(blocks, threads, shared, stream, overlap)), function, pointers, None)
+    layout, buffer, pointers, places = _layout(tuple([len(a) if isinstance(a, bytes) else 0 for a in arguments]))
+    values = buffer.from_buffer_copy(layout.pack(*arguments))
+    start = ctypes.addressof(values)
+    config = _config(blocks, threads, shared, stream, overlap)
+    _call("cuLaunchKernelEx", config, function, pointers(*[start + place for place in places]), None)
+
+
+@functools.cache
+def _layout(sizes: tuple[int, ...]) -> tuple[struct.Struct, type[ctypes.Array], type[ctypes.Array], list[int]]:
+    """Of arguments one after the other, of so many bytes, 0 for a pointer: layout, buffer, pointers to them, and their places."""
+    layout = struct.Struct("=" + "".join(f"{size}s" if size else "Q" for size in sizes))
+    places = itertools.accumulate((size or 8 for size in sizes[:-1]), initial=0)
+    return layout, ctypes.c_char * layout.size, ctypes.c_void_p * len(sizes), list(places)
 
 
 @functools.lru_cache(4096)
-def _config(blocks: int, threads: int, shared: int, stream: int, overlap: bool) -> _Config:
-    return _Config((blocks, 1, 1), (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAP), int(overlap))
+def _config(blocks: int, threads: int, shared: int, stream: int, overlap: bool) -> ctypes._Pointer[_Config]:
+    return ctypes.pointer(_Config((blocks, 1, 1), (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAP), int(overlap)))

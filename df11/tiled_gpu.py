@@ -11,6 +11,7 @@ import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -49,6 +50,14 @@ RULES = {  # of the arrays in their order: dtype, dimensions, alignment
 }
 
 
+class Launch(NamedTuple):
+    name: str
+    blocks: int
+    threads: int  # of a block
+    shared: int  # bytes
+    arguments: tuple[int | bytes, ...]
+
+
 class _Kernels:
     """The functions of kernels/tiled*.cu on one device."""
 
@@ -70,14 +79,16 @@ class _Kernels:
             self.fixed_shared = module.constant("tiled_shared")
         self.room = self.most_shared - self.fixed_shared
 
-    def launch(self, name: str, blocks: int, warps: int, fragments: int, more_shared: int, *arguments: int | bytes) -> None:
-        shared = self.fixed_shared + warps * code_bytes(fragments) + more_shared
-        self.launch_plain(name, blocks, LANES * warps, shared, *arguments)
-
-    def launch_plain(self, name: str, blocks: int, threads: int, shared: int, *arguments: int | bytes) -> None:
+    def run(self, *launches: Launch) -> None:
+        """One after the other, on torch's current stream."""
         stream = torch.cuda.current_stream(self.device.index).cuda_stream
         with self.device.current():
-            driver.launch(self.functions[name], blocks, threads, shared, stream, arguments, overlap=self.overlap)
+            for name, blocks, threads, shared, arguments in launches:
+                driver.launch(self.functions[name], blocks, threads, shared, stream, arguments, overlap=self.overlap)
+
+    def over_tiles(self, name: str, blocks: int, warps: int, fragments: int, more_shared: int, *arguments: int | bytes) -> Launch:
+        """Of warps that have a tile's codes in shared memory, each."""
+        return Launch(name, blocks, LANES * warps, self.fixed_shared + warps * code_bytes(fragments) + more_shared, arguments)
 
 
 @functools.cache
@@ -304,28 +315,33 @@ def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, w
     if batch == 1:
         blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room, kernels.fixed_shared)
         padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
-        kernels.launch("tiled_product", blocks, warps, fragments, padded, *arguments)
+        kernels.run(kernels.over_tiles("tiled_product", blocks, warps, fragments, padded, *arguments))
         return y
     how = _plan_several(kernels, rows, columns, fragments, batch, wgmma)
     parts, first = how.splits, 0
     if isinstance(how, WidePlan) and how.pieces > 1:
         parts, first = how.pieces, how.whole * how.blocks * WARPGROUP * TILE_ROWS
-    partial = torch.empty(parts * batch * (rows - first) if parts > 1 else 0, dtype=torch.float32, device=x.device)
+    count = fragments * -(-columns // (16 * fragments)) if isinstance(how, WidePlan) else 0
+    copy = 32 * count * how.kernel_rows  # bytes of x, twice: in two orders
+    sums = 4 * parts * batch * (rows - first) if parts > 1 else 0
+    memory = torch.empty(2 * copy + sums, dtype=torch.uint8, device=x.device) if copy or sums else None
+    packed = memory.data_ptr() if memory is not None else 0
+    turned, partial = packed + copy, packed + 2 * copy
+    launches = []
     if isinstance(how, WidePlan):
-        count = fragments * -(-columns // (16 * fragments))
-        copies = torch.empty(2, 32 * count * how.kernel_rows, dtype=torch.uint8, device=x.device)  # of x, in two orders
-        places = copies[0].data_ptr(), copies[1].data_ptr()
         blocks, sizes = -(-count * how.kernel_rows // PACK_THREADS), SIZES.pack(batch, columns, count)
-        kernels.launch_plain(f"tiled_pack_{how.kernel_rows}", blocks, PACK_THREADS, 0, x.data_ptr(), *places, sizes)
+        places = x.data_ptr(), packed, turned
+        launches.append(Launch(f"tiled_pack_{how.kernel_rows}", blocks, PACK_THREADS, 0, (*places, sizes)))
         name = f"tiled_wide_{how.kernel_rows}"
-        spread = WIDE_SPREAD.pack(*places, partial.data_ptr(), batch, how.splits, how.whole, how.pieces)
+        spread = WIDE_SPREAD.pack(packed, turned, partial, batch, how.splits, how.whole, how.pieces)
     else:
         name = f"tiled_products_{how.kernel_rows}"
-        spread = SPREAD.pack(partial.data_ptr(), batch, how.splits, how.groups, how.slice, how.parts_at)
-    kernels.launch(name, how.blocks, how.warps, fragments, how.shared, *arguments, spread)
+        spread = SPREAD.pack(partial, batch, how.splits, how.groups, how.slice, how.parts_at)
+    launches.append(kernels.over_tiles(name, how.blocks, how.warps, fragments, how.shared, *arguments, spread))
     if parts > 1:
         blocks, sizes = -(-batch * (rows - first) // ADD_UP_THREADS), SUMS.pack(rows, batch, parts, first)
-        kernels.launch_plain("tiled_add_up", blocks, ADD_UP_THREADS, 0, partial.data_ptr(), bias_at, y.data_ptr(), sizes)
+        launches.append(Launch("tiled_add_up", blocks, ADD_UP_THREADS, 0, (partial, bias_at, y.data_ptr(), sizes)))
+    kernels.run(*launches)
     return y
 
 
@@ -338,7 +354,8 @@ def decompress(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -
     weight = pack(index, arrays, uppers, *out.shape)
     kernels = _kernels(index)
     warps = min(MOST_WARPS, kernels.room // code_bytes(weight.fragments))
-    kernels.launch("tiled_decompress", kernels.device.processors, warps, weight.fragments, 0, weight.matrix, out.data_ptr())
+    shape = kernels.device.processors, warps, weight.fragments
+    kernels.run(kernels.over_tiles("tiled_decompress", *shape, 0, weight.matrix, out.data_ptr()))
 
 
 def gather(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
@@ -352,5 +369,6 @@ def gather(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows:
         ids = ids.contiguous()
         kernels, across = _kernels(index), -(-columns // (16 * weight.fragments))
         warps = min(across, 16, kernels.room // code_bytes(weight.fragments))
-        kernels.launch("tiled_rows", ids.numel(), warps, weight.fragments, 0, weight.matrix, ids.data_ptr(), out.data_ptr())
+        places = ids.data_ptr(), out.data_ptr()
+        kernels.run(kernels.over_tiles("tiled_rows", ids.numel(), warps, weight.fragments, 0, weight.matrix, *places))
     return out

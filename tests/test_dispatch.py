@@ -1,5 +1,6 @@
 """How products of the tiled layout would be launched, and which way is chosen: without a GPU."""
 
+import ctypes
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from df11 import dispatch, gpu, tiled_gpu
+from df11 import dispatch, driver, gpu, tiled_gpu
 from df11.formats.tiled import tile_fragments
 from df11.tiled_ops import TiledWeight
 
@@ -134,12 +135,12 @@ class Recorder:
     fixed_shared = 35_000
 
     def __init__(self) -> None:
-        self.launched: list[tuple[Any, ...]] = []
+        self.launched: list[tiled_gpu.Launch] = []
 
-    def launch(self, *arguments: Any) -> None:
-        self.launched.append(arguments)
+    def run(self, *launches: tiled_gpu.Launch) -> None:
+        self.launched.extend(launches)
 
-    launch_plain = launch
+    over_tiles = tiled_gpu._Kernels.over_tiles
 
 
 def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +154,9 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         recorder.launched.clear()
         x = torch.randn(1, batch, 8192).bfloat16()
         y = tiled_gpu.linear(x, *place, bias)
-        name, _, _, fragments, _, matrix, *others = recorder.launched[0]
+        name, _, threads, shared, (matrix, *others) = recorder.launched[0]
         assert name == ("tiled_product" if batch == 1 else f"tiled_products_{batch}")
-        assert fragments == 32 and y.shape == (1, batch, 80)
+        assert shared > 35_000 + threads // 32 * tiled_gpu.code_bytes(32) and y.shape == (1, batch, 80)
         pointers = [array.data_ptr() for array in weight.arrays]
         assert tiled_gpu.MATRIX.unpack(matrix) == (*pointers, weight.uppers, 80, 8192, 32)
         assert others[:3] == [x.data_ptr(), bias.data_ptr(), y.data_ptr()]
@@ -168,20 +169,22 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         tiled_gpu.linear(torch.randn(batch, 8192).bfloat16(), *place, bias)
         wide = [f"tiled_pack_{size}", f"tiled_wide_{size}", "tiled_add_up"]
         assert [name for name, *_ in recorder.launched] == (wide if size else ["tiled_products_8", "tiled_add_up"])
-    (_, blocks, threads, _, _, packed, turned, sizes), (_, *launched, matrix, _, _, _, spread), added = recorder.launched
-    assert blocks * threads >= 64 * 512 and tiled_gpu.SIZES.unpack(sizes) == (64, 8192, 512)
+    packing, (_, *launched, (matrix, _, _, _, spread)), added = recorder.launched
+    _, packed, turned, sizes = packing.arguments
+    assert packing.blocks * packing.threads >= 64 * 512 and tiled_gpu.SIZES.unpack(sizes) == (64, 8192, 512)
     how = tiled_gpu.plan_wide(80, 8192, 32, 64, 132, recorder.room)
-    assert how and launched == [how.blocks, how.warps, 32, how.shared]
+    assert how and launched == [how.blocks, 32 * how.warps, 35_000 + how.warps * tiled_gpu.code_bytes(32) + how.shared]
     assert (packed, turned) == tiled_gpu.WIDE_SPREAD.unpack(spread)[:2]
     packed, turned, _, asked, splits, whole, pieces = tiled_gpu.WIDE_SPREAD.unpack(spread)
     assert asked == 64 and splits == how.splits > 1 and turned - packed == 64 * 8192 * 2
-    assert (whole, pieces) == (0, 0) and tiled_gpu.SUMS.unpack(added[-1]) == (80, 64, splits, 0)
+    assert (whole, pieces) == (0, 0) and tiled_gpu.SUMS.unpack(added.arguments[-1]) == (80, 64, splits, 0)
     recorder.launched.clear()
     monkeypatch.setattr(tiled_gpu, "plan_wide", lambda *arguments: tiled_gpu.WidePlan(64, 1, 16, 1, 1, 4, 1000))
     tiled_gpu.linear(torch.randn(64, 8192).bfloat16(), *place, bias)  # rows from 64 on are dealt in four pieces
-    _, (*_, spread), added = recorder.launched
-    assert tiled_gpu.WIDE_SPREAD.unpack(spread)[3:] == (64, 1, 1, 4) and tiled_gpu.SUMS.unpack(added[-1]) == (80, 64, 4, 64)
-    assert added[1] * 256 >= 16 * 64
+    _, (*_, (*_, spread)), added = recorder.launched
+    assert tiled_gpu.WIDE_SPREAD.unpack(spread)[3:] == (64, 1, 1, 4)
+    assert tiled_gpu.SUMS.unpack(added.arguments[-1]) == (80, 64, 4, 64)
+    assert added.blocks * added.threads >= 16 * 64
     monkeypatch.undo()
     monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: recorder)
     recorder.launched.clear()
@@ -193,11 +196,31 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorder.launched[0][0] == "tiled_products_64"
     out = torch.empty(80, 8192).bfloat16()
     tiled_gpu.decompress(weight.arrays, weight.uppers, out)
-    assert recorder.launched[-1][0] == "tiled_decompress" and recorder.launched[-1][-1] == out.data_ptr()
+    assert recorder.launched[-1][0] == "tiled_decompress" and recorder.launched[-1].arguments[-1] == out.data_ptr()
     ids = torch.tensor([[3], [1]])
     assert tiled_gpu.gather(ids, *place).shape == (2, 1, 8192) and recorder.launched[-1][:2] == ("tiled_rows", 2)
     count = len(recorder.launched)
     assert tiled_gpu.gather(ids[:0], *place).shape == (0, 1, 8192) and len(recorder.launched) == count
+
+
+def test_what_the_driver_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(config: Any, function: ctypes.c_void_p, pointers: Any, more: None) -> int:
+        sizes = (80, 8, 8, 12)
+        given = [ctypes.string_at(pointer, size) for pointer, size in zip(pointers, sizes, strict=True)]
+        shape = (*config[0].grid, *config[0].block, config[0].shared, config[0].stream, config[0].count)
+        seen.append((function.value, shape, config[0].attributes[0].id, given))
+        return code
+
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(driver, "_library", lambda: SimpleNamespace(cuLaunchKernelEx=take, cuGetErrorString=lambda *given: 0))
+    matrix, sizes, code = bytes(range(80)), bytes(range(12)), 0
+    for overlap in (True, False):
+        driver.launch(ctypes.c_void_p(7), 132, 768, 4096, 2**40, (matrix, 2**63 + 1, 0, sizes), overlap)
+        expected = [matrix, (2**63 + 1).to_bytes(8, "little"), bytes(8), sizes]
+        assert seen.pop() == (7, (132, 1, 1, 768, 1, 1, 4096, 2**40, int(overlap)), 6, expected)
+    code = 1
+    with pytest.raises(driver.DriverError, match=r"cuLaunchKernelEx: unknown error \(1\)"):
+        driver.launch(ctypes.c_void_p(7), 132, 768, 4096, 0, (matrix, 1, 0, sizes), overlap=True)
 
 
 def test_what_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
