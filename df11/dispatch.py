@@ -28,7 +28,7 @@ FLUSHES, MOST_FLUSHES = 20, 640  # some 1.6 and 50 ms
 MOST_COPIES = 8
 MOST_FUSED = 2 * MOST_ROWS  # rows of x
 MOST_SLICED = 128  # rows of x; with more the products of slices were up to a third slower than those of all weights
-# Rows of x that are timed, more are as the last. Beyond MOST_ROWS it matters how many are left for the second product.
+# Rows of x that are timed, more are as the last. Beyond MOST_ROWS it matters how many are left, where these take a product more.
 BUCKETS = (1, *tiled_gpu.PRODUCTS, *(MOST_ROWS + size for size in tiled_gpu.PRODUCTS), 512, 2048)
 NOT_MEASURED = 0.0  # seconds of the only way; not kept in the file
 Table = dict[str, dict[str, float]]
@@ -61,10 +61,11 @@ def _linear(
 
 
 def fused(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias, W never in memory; more than MOST_ROWS rows of x in parts, each of which reads the compressed weights."""
-    if x.numel() <= MOST_ROWS * weight.shape[1]:
+    """x W^T + bias, W never in memory; more rows of x than a product takes in parts, each of which reads the compressed weights."""
+    most = tiled_gpu.most_rows(x.get_device()) if x.is_cuda else MOST_ROWS
+    if x.numel() <= most * weight.shape[1]:
         return weight.linear(x, bias)
-    parts = x.reshape(-1, weight.shape[1]).split(MOST_ROWS)
+    parts = x.reshape(-1, weight.shape[1]).split(most)
     return torch.cat([weight.linear(part, bias) for part in parts]).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -100,7 +101,8 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     if key not in table:
         in_fours = batch == 1 or weight.shape[1] % 4 == 0
         shape, index = (*weight.shape, weight.fragments), x.device.index
-        parts = (batch,) if batch <= MOST_ROWS else (MOST_ROWS, 1)  # of others in the bucket too
+        most = MOST_ROWS if batch <= MOST_ROWS else tiled_gpu.most_rows(index)
+        parts = (batch,) if batch <= most else (most, 1)  # of others in the bucket too
         fuses = batch <= MOST_FUSED and in_fours and all(tiled_gpu.fits(*shape, rows, index) for rows in parts)
         if torch.cuda.is_current_stream_capturing():
             return "fused" if fuses and batch <= MOST_ROWS else "decompress"

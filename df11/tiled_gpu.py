@@ -30,11 +30,11 @@ MOST_SPLITS = 8
 STAGE, STAGE_BYTES = 1.5, 44_000
 ADD_UP, ADD_UP_BYTES = 2.0, 1_800_000
 ADD_UP_THREADS = 256
-# tiled_wide_... of compute capability 9.0: the most rows of x, and what plan_wide assumes of the time of a tile, in us on an
-# H100: so much, and so much more for each warpgroup.
-WIDE = {16: (6.0, 0.4), 32: (4.4, 1.0), 64: (4.0, 1.5)}
-WARPGROUP, MOST_WARPGROUPS = 4, 4  # warps; in a thread block
-SLOTS, CHUNKS, CHUNK_BYTES = 8, 4, 9 * 4 * LANES  # tiled::kSlots, kChunks, kLow + kSigns
+# tiled_wide_... of compute capability 9.0, by the most rows of x: slots of x in shared memory, the warpgroups that registers allow,
+# and what plan_wide assumes of the time of a tile, in us on an H100: so much, and so much more for each warpgroup.
+WIDE = {16: (8, 4, 6.0, 0.4), 32: (8, 4, 4.4, 1.0), 64: (8, 4, 4.0, 1.5), 128: (4, 3, 4.0, 2.3)}
+WARPGROUP = 4  # warps
+CHUNKS, CHUNK_BYTES = 4, 9 * 4 * LANES  # tiled::kChunks, kLow + kSigns
 WIDE_ADD_UP, WIDE_ADD_UP_BYTES = 1.5, 4_000_000  # us, bytes a us
 PACK_THREADS = 256
 WIDE_SPREAD = struct.Struct("PPPiiii")  # tiled::Wide
@@ -197,17 +197,17 @@ def plan_wide(rows: int, columns: int, fragments: int, batch: int, processors: i
     tiles, all of a thread block the same columns of x at a time."""
     across, fours = -(-columns // (16 * fragments)), -(-rows // (WARPGROUP * TILE_ROWS))
     kernel_rows = min(size for size in WIDE if size >= batch)
-    once, more = WIDE[kernel_rows]
+    slots, most_warpgroups, once, more = WIDE[kernel_rows]
     best: tuple[float, WidePlan] | None = None
-    for splits, abreast in itertools.product(range(1, min(MOST_SPLITS, across) + 1), range(1, MOST_WARPGROUPS + 1)):
+    for splits, abreast in itertools.product(range(1, min(MOST_SPLITS, across) + 1), range(1, most_warpgroups + 1)):
         warps = WARPGROUP * abreast
-        shared = SLOTS * 4 * 32 * kernel_rows + warps * CHUNKS * CHUNK_BYTES
+        shared = slots * 4 * 32 * kernel_rows + warps * CHUNKS * CHUNK_BYTES
         if shared + warps * code_bytes(fragments) > room:
             continue
         row_blocks = min(processors // splits, fours)
         whole, left = divmod(fours, row_blocks)
         # Few rows of x wait for memory, which fours dealt by columns do not make faster.
-        pieces = min(row_blocks // left, across, MOST_SPLITS) if kernel_rows == 64 and left and splits == 1 else 0
+        pieces = min(row_blocks // left, across, MOST_SPLITS) if kernel_rows >= 64 and left and splits == 1 else 0
         rounds, rest = divmod(whole + (left > 0), abreast)
         step = rounds * (once + more * abreast) + (once + more * rest if rest else 0)
         if pieces:  # a piece is of a part of the columns
@@ -235,6 +235,11 @@ def fits(rows: int, columns: int, fragments: int, batch: int, index: int, wgmma:
     return True
 
 
+def most_rows(index: int, wgmma: bool = True) -> int:
+    """Of x that a product takes."""
+    return max(WIDE) if wgmma and _kernels(index).wide else MOST_ROWS
+
+
 def has_both(batch: int, index: int) -> bool:
     """Whether a product of so many rows of x may be faster by wgmma or by mma.sync."""
     return min(PRODUCTS) < batch <= min(WIDE) and _kernels(index).wide
@@ -243,6 +248,8 @@ def has_both(batch: int, index: int) -> bool:
 def _plan_several(kernels: _Kernels, rows: int, columns: int, fragments: int, batch: int, wgmma: bool) -> Plan | WidePlan:
     shape, place = (rows, columns, fragments, batch), (kernels.device.processors, kernels.room)
     wide = plan_wide(*shape, *place) if wgmma and kernels.wide and batch > min(PRODUCTS) else None
+    if wide is None and batch > MOST_ROWS:
+        raise ValueError(f"{columns} columns: {batch} rows of x do not fit into the GPU's shared memory; use mode=exact")
     return wide or plan_rows(*shape, *place)
 
 
@@ -290,14 +297,15 @@ def linear(
 
 
 def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, wgmma: bool = True) -> torch.Tensor:
-    """x W^T + bias of 1 to MOST_ROWS rows of bf16 x, summed in float32: the same bits in every run.
+    """x W^T + bias of 1 to `most_rows` rows of bf16 x, summed in float32: the same bits in every run.
 
     More than one row need columns in fours. wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
     """
     rows, columns, fragments, index = weight.rows, weight.columns, weight.fragments, weight.index
     batch = x.numel() // columns
-    if x.dtype != torch.bfloat16 or x.shape[-1:] != (columns,) or not 1 <= batch <= MOST_ROWS:
-        raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 [..., {columns}] of 1 to {MOST_ROWS} rows")
+    most = MOST_ROWS if batch <= MOST_ROWS else most_rows(index, wgmma)
+    if x.dtype != torch.bfloat16 or x.shape[-1:] != (columns,) or not 1 <= batch <= most:
+        raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 [..., {columns}] of 1 to {most} rows")
     if batch > 1 and columns % 4:
         raise ValueError(f"x: {batch} rows of {columns} columns: only single rows may have columns that are not in fours")
     if x.get_device() != index:

@@ -157,7 +157,7 @@ class TiledWeight:
         return sum(array.nbytes for array in self.arrays)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, wgmma: bool = True) -> torch.Tensor:
-        """x W^T + bias of up to MOST_ROWS rows, bf16 [..., columns], W never in memory; sums in float32, in an order of its own.
+        """x W^T + bias of up to `tiled_gpu.most_rows` rows, bf16 [..., columns], W never in memory; sums in float32.
 
         wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
         """

@@ -1,4 +1,4 @@
-// The tiled layout on compute capability 9.0: y = x W^T + bias for 9 to 64 rows of x by wgmma, weights from registers.
+// The tiled layout on compute capability 9.0: y = x W^T + bias for 9 to 128 rows of x by wgmma, weights from registers.
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90a -cubin -o tiled_wgmma.cubin tiled_wgmma.cu
 //
@@ -12,8 +12,9 @@ namespace tiled {
 
 constexpr int kGroup = 4;       // warps
 constexpr int kWideWarps = 16;  // at most
+constexpr int kWidestWarps = 12;  // for 128 rows of x, whose sums take 64 registers
 constexpr int kSlots = 8;       // of x, four fragments each
-constexpr int kAhead = kSlots - 2;
+constexpr int kWidestSlots = 4;
 constexpr int kChunks = 4;  // of a warp's low bytes and signs, four fragments each
 constexpr int kLow = 2 * kLanes * 16, kSigns = kLanes * 4;  // bytes of four fragments
 
@@ -107,6 +108,23 @@ __device__ __forceinline__ void wgmma<4>(float (&c)[4][4], const uint32_t (&a)[4
         "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+template <>
+__device__ __forceinline__ void wgmma<16>(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "
+      "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "
+      "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),
+        "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),
+        "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
+        "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
+        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kLeft>
@@ -140,11 +158,12 @@ __device__ __forceinline__ void pack(const __nv_bfloat16* x, uint4* packed, uint
 template <int kEights>
 __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y, const Wide& how) {
   constexpr int kRows = 8 * kEights, kSlot = 4 * kRows * 32;  // bytes of x of four fragments
+  constexpr int kRing = kEights > 8 ? kWidestSlots : kSlots, kAhead = kRing - 2;  // slots, and how many ahead they are filled
   Shared& s = shared();
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
   uint32_t(*const all_codes)[kLanes] = reinterpret_cast<uint32_t(*)[kLanes]>(&s + 1);
   uint32_t(*const codes)[kLanes] = all_codes + warp * code_rows(m.fragments);
-  const uint32_t xs = address(all_codes + warps * code_rows(m.fragments));  // [kSlots][4][kEights][2][8] uint4
+  const uint32_t xs = address(all_codes + warps * code_rows(m.fragments));  // [kRing][4][kEights][2][8] uint4
   const uint32_t barriers = address(s.sums);
   const int across = m.across(), quads = (m.down() + kGroup - 1) / kGroup, fours = m.fragments / 4;
   const int abreast = warps / kGroup, member = warp / kGroup;
@@ -165,8 +184,8 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
     copy(full + 8 * slot, xs + slot * kSlot, reinterpret_cast<const char*>(how.packed) + (int64_t(left) * fours + slice) * kSlot, kSlot);
   };
   // Low bytes and signs are brought some fours ahead, each lane's by itself.
-  uint32_t low = xs + kSlots * kSlot + warp * kChunks * kLow + 16 * lane;
-  uint32_t signs = xs + kSlots * kSlot + warps * kChunks * kLow + warp * kChunks * kSigns + 4 * lane;
+  uint32_t low = xs + kRing * kSlot + warp * kChunks * kLow + 16 * lane;
+  uint32_t signs = xs + kRing * kSlot + warps * kChunks * kLow + warp * kChunks * kSigns + 4 * lane;
   uint32_t entries = address(s.table), lane_at = 4 * lane, own_codes = address(codes);
   hide(low), hide(signs), hide(entries), hide(lane_at), hide(own_codes), hide(arrived);
   int low_item = member - abreast;
@@ -198,7 +217,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
   uint2 h0 = {}, h1 = {};
   if (member < items) h0 = __ldg(m.tiles + first_tile(member)), h1 = __ldg(m.tiles + first_tile(member) + 1);
   if (lane == 0) init(arrived, 1);
-  if (threadIdx.x < kSlots) init(full + 8 * threadIdx.x, 1), init(empty + 8 * threadIdx.x, warps);
+  if (threadIdx.x < kRing) init(full + 8 * threadIdx.x, 1), init(empty + 8 * threadIdx.x, warps);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   __syncthreads();
   load_table(m, s.table);
@@ -225,13 +244,13 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
   uint32_t n = 0, tiles_done = 0;  // n: slots of x that this warp has gone through
   uint32_t duty = warp, slice = (warp + kAhead) % each;  // slots until it is this warp's turn to bring one, and which that will be
   const auto release = [&] {
-    if (lane == 0 && n > 0) arrive(empty + 8 * ((n - 1) % kSlots));
+    if (lane == 0 && n > 0) arrive(empty + 8 * ((n - 1) % kRing));
     if (duty-- == 0) {
       duty = warps - 1;
       const uint32_t at = n + kAhead;
       if (lane == 0 && at < all) {
-        if (at >= kSlots) wait(empty + 8 * (at % kSlots), (at / kSlots - 1) & 1);
-        bring(slice, at % kSlots);
+        if (at >= kRing) wait(empty + 8 * (at % kRing), (at / kRing - 1) & 1);
+        bring(slice, at % kRing);
       }
       slice += warps;
       while (slice >= each) slice -= each;
@@ -241,7 +260,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
   const auto pass = [&](int columns) {
     for (const uint32_t until = n + columns * fours; n < until; n++) {
       release();
-      wait(full + 8 * (n % kSlots), n / kSlots & 1);
+      wait(full + 8 * (n % kRing), n / kRing & 1);
     }
   };
   for (int item = member; item - member < items; item += abreast) {
@@ -281,8 +300,8 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
 #pragma unroll
         for (int f = 0; f < 4; f++) assemble(m, f, found[f][0], found[f][1], both[f / 2], sign, a[f]);
         refill();
-        wait(full + 8 * (n % kSlots), n / kSlots & 1);
-        const uint32_t b = descriptor(xs) + n % kSlots * (kSlot >> 4);
+        wait(full + 8 * (n % kRing), n / kRing & 1);
+        const uint32_t b = descriptor(xs) + n % kRing * (kSlot >> 4);
         fence();
 #pragma unroll
         for (int f = 0; f < 4; f++) wgmma<kEights>(c, a[f], descriptor_at(b + f * kRows * 2));
@@ -294,30 +313,39 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       wait_group<0>();
       for (uint32_t k = h0.y; k < h1.y; k += 16) {
         if (k != h0.y) patch = k + lane < h1.y && lane < 16 ? __ldg(m.patches + k + lane) : 0;
-        uint32_t of[4], upper[4], lower[4], rows[4][kEights / 2];
+        uint32_t of[4], upper[4], lower[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           of[i] = __shfl_sync(~0u, patch, 4 * t + i);
           upper[i] = int(of[i] >> 28) == g ? of[i] : 0;
           lower[i] = int(of[i] >> 28) == g + 8 ? of[i] : 0;
-          // Not by __ldg: tiled_pack may have written it while this kernel ran already.
-          const uint16_t* const row = how.turned + (int64_t(column) * m.width() + (of[i] >> 16 & 0xFFF)) * kRows + g * kEights;
-          if constexpr (kEights == 8) {
-            const uint4 all = *reinterpret_cast<const uint4*>(row);
-            rows[i][0] = all.x, rows[i][1] = all.y, rows[i][2] = all.z, rows[i][3] = all.w;
-          } else if constexpr (kEights == 4) {
-            const uint2 all = *reinterpret_cast<const uint2*>(row);
-            rows[i][0] = all.x, rows[i][1] = all.y;
-          } else {
-            rows[i][0] = *reinterpret_cast<const uint32_t*>(row);
-          }
         }
         const uint32_t a[4] = {permute(upper[0], upper[1], 0x5410), permute(lower[0], lower[1], 0x5410),
                                permute(upper[2], upper[3], 0x5410), permute(lower[2], lower[3], 0x5410)};
+        constexpr int kPart = kEights < 8 ? kEights : 8;  // eights of rows of x at a time
 #pragma unroll
-        for (int j = 0; j < kEights; j++) {
-          constexpr uint32_t kHalves[] = {0x5410, 0x7632};
-          mma(c[j], a, make_uint2(permute(rows[0][j / 2], rows[1][j / 2], kHalves[j % 2]), permute(rows[2][j / 2], rows[3][j / 2], kHalves[j % 2])));
+        for (int first = 0; first < kEights; first += kPart) {
+          uint32_t rows[4][kPart / 2];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            // Not by __ldg: tiled_pack may have written it while this kernel ran already.
+            const uint16_t* const row = how.turned + (int64_t(column) * m.width() + (of[i] >> 16 & 0xFFF)) * kRows + g * kEights + first;
+            if constexpr (kPart == 8) {
+              const uint4 all = *reinterpret_cast<const uint4*>(row);
+              rows[i][0] = all.x, rows[i][1] = all.y, rows[i][2] = all.z, rows[i][3] = all.w;
+            } else if constexpr (kPart == 4) {
+              const uint2 all = *reinterpret_cast<const uint2*>(row);
+              rows[i][0] = all.x, rows[i][1] = all.y;
+            } else {
+              rows[i][0] = *reinterpret_cast<const uint32_t*>(row);
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kPart; j++) {
+            constexpr uint32_t kHalves[] = {0x5410, 0x7632};
+            mma(c[first + j], a,
+                make_uint2(permute(rows[0][j / 2], rows[1][j / 2], kHalves[j % 2]), permute(rows[2][j / 2], rows[3][j / 2], kHalves[j % 2])));
+          }
         }
       }
       h0 = h1, h1 = h2;
@@ -368,7 +396,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
 // Launch with 128 threads for each of up to kWideWarps / 4 warpgroups. Dynamic shared memory: tiled_shared of tiled.cu, 128 code_rows(F)
 // for each warp, kSlots kSlot and for each warp kChunks (kLow + kSigns).
 #define TILED_WIDE(rows)                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(tiled::kWideWarps* tiled::kLanes, 1)                                            \
+  extern "C" __global__ void __launch_bounds__((rows > 64 ? tiled::kWidestWarps : tiled::kWideWarps) * tiled::kLanes, 1)       \
   tiled_wide_##rows(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias,                \
                     __nv_bfloat16* y, const __grid_constant__ tiled::Wide how) {                                               \
     tiled::wide<rows / 8>(m, x, bias, y, how);                                                                                 \
@@ -380,3 +408,4 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
 TILED_WIDE(16)
 TILED_WIDE(32)
 TILED_WIDE(64)
+TILED_WIDE(128)

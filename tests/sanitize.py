@@ -27,8 +27,8 @@ def main() -> int:
         ids = torch.tensor([3, 9, shape[0] // 2], device="cuda")
         found = {"decompress": same_bits(weight.decompress(), weights), "rows": same_bits(weight.rows(ids), weights[ids])}
         bias = normal(shape[0], device="cuda")
-        for batch in (1, 8, 16, 32, 64):
-            for wgmma in (True, False):
+        for batch in (1, 8, 16, 32, 128, 64):
+            for wgmma in (wgmma for wgmma in (True, False) if batch <= tiled_gpu.most_rows(0, wgmma)):
                 x = normal(batch, shape[1], seed=batch, device="cuda")
                 y, expected = weight.linear(x, bias, wgmma).float(), x.float() @ weights.float().T + bias.float()
                 found[f"{batch} rows, wgmma={wgmma}"] = bool((y - expected).norm() < 0.01 * expected.norm())
@@ -37,7 +37,7 @@ def main() -> int:
                 found[f"{batch} rows with an infinity, wgmma={wgmma}"] = torch.equal(y[0], expected[0])
         if tiled_gpu._kernels(0).wide:  # as of many rows: two fours of rows of tiles a thread block, one of all, by columns
             pieces = min(3, -(-shape[1] // (16 * weight.fragments)))
-            shared = 4 * 32 * 64 * tiled_gpu.SLOTS + 8 * tiled_gpu.CHUNKS * tiled_gpu.CHUNK_BYTES
+            shared = 4 * 32 * 64 * tiled_gpu.WIDE[64][0] + 8 * tiled_gpu.CHUNKS * tiled_gpu.CHUNK_BYTES
             with patch.object(tiled_gpu, "plan_wide", return_value=tiled_gpu.WidePlan(64, 3, 8, 1, 2, pieces, shared)):
                 for name, value in {"": 1.0, " with an infinity": float("inf")}.items():
                     x[0, 5] = value

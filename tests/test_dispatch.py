@@ -39,17 +39,18 @@ def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> No
     (rows, columns), (processors, room) = shape, ROOM[gpu]
     f = tile_fragments(columns)
     across, down = -(-columns // (16 * f)), -(-rows // 16)
-    for batch in (2, 8, 9, 16, 17, 32, 33, 64):
+    for batch in (2, 8, 9, 16, 17, 32, 33, 64, 65, 128):
+        slots, groups = tiled_gpu.WIDE[min(size for size in tiled_gpu.WIDE if size >= batch)][:2]
         wide = tiled_gpu.plan_wide(rows, columns, f, batch, processors, room)
         each = 4 * 1152 + tiled_gpu.code_bytes(f)  # of a warp: low bytes and signs on their way, and codes
-        assert (wide is None) == (8 * 128 * min(size for size in tiled_gpu.WIDE if size >= batch) + 4 * each > room)
+        assert (wide is None) == (slots * 128 * min(size for size in tiled_gpu.WIDE if size >= batch) + 4 * each > room)
         if wide:
-            assert batch <= wide.kernel_rows and wide.warps in (4, 8, 12, 16) and 1 <= wide.splits <= across
-            assert wide.blocks <= processors and wide.shared == 8 * 128 * wide.kernel_rows + wide.warps * 4 * 1152
+            assert batch <= wide.kernel_rows and wide.warps in range(4, 4 * groups + 1, 4) and 1 <= wide.splits <= across
+            assert wide.blocks <= processors and wide.shared == slots * 128 * wide.kernel_rows + wide.warps * 4 * 1152
             assert wide.shared + wide.warps * tiled_gpu.code_bytes(f) <= room
             work = Counter(tile for block in range(wide.blocks) for tile in tiles_of(wide, block, -(-down // 4), across))
             assert work == Counter(itertools.product(range(-(-down // 4)), range(across)))
-        if gpu == "small":
+        if gpu == "small" or batch > tiled_gpu.MOST_ROWS:
             continue
         plan = tiled_gpu.plan_rows(rows, columns, f, batch, processors, room)
         assert batch <= plan.kernel_rows and 1 <= plan.groups <= plan.warps <= tiled_gpu.PRODUCTS[plan.kernel_rows][0]
@@ -79,8 +80,10 @@ def test_constants_of_the_kernels() -> None:
     constants = {name: int(value) for name, value in re.findall(r"\b(k[A-Z]\w+) = (\d+)[;,]", sources)}
     assert "kLow = 2 * kLanes * 16, kSigns = kLanes * 4;" in sources
     low, signs = 2 * constants["kLanes"] * 16, 4 * constants["kLanes"]
-    assert (constants["kSlots"], constants["kChunks"], low + signs) == (tiled_gpu.SLOTS, tiled_gpu.CHUNKS, tiled_gpu.CHUNK_BYTES)
-    assert constants["kWideWarps"] == tiled_gpu.WARPGROUP * tiled_gpu.MOST_WARPGROUPS
+    assert (constants["kChunks"], low + signs) == (tiled_gpu.CHUNKS, tiled_gpu.CHUNK_BYTES)
+    for rows, (slots, groups, *_) in tiled_gpu.WIDE.items():
+        names = ("kWidestSlots", "kWidestWarps") if rows > 64 else ("kSlots", "kWideWarps")
+        assert [constants[name] for name in names] == [slots, groups * tiled_gpu.WARPGROUP]
     assert constants["kMostSplits"] == tiled_gpu.MOST_SPLITS and constants["kMostWarps"] == tiled_gpu.MOST_WARPS
     assert constants["kProductWarps"] == tiled_gpu.PRODUCT_WARPS
     for name, sizes in {"PRODUCTS": tiled_gpu.PRODUCTS, "WIDE": tiled_gpu.WIDE}.items():
@@ -164,7 +167,7 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
             _, asked, splits, *_ = tiled_gpu.SPREAD.unpack(others[3])
             assert asked == batch and splits > 1 and recorder.launched[1][0] == "tiled_add_up"
     recorder.wide = True  # as on compute capability 9.0
-    for batch, size in {8: 0, 9: 16, 16: 16, 17: 32, 33: 64, 64: 64}.items():
+    for batch, size in {8: 0, 9: 16, 16: 16, 17: 32, 65: 128, 128: 128, 33: 64, 64: 64}.items():
         recorder.launched.clear()
         tiled_gpu.linear(torch.randn(batch, 8192).bfloat16(), *place, bias)
         wide = [f"tiled_pack_{size}", f"tiled_wide_{size}", "tiled_add_up"]
@@ -310,13 +313,14 @@ class OnGpu:
         return math.prod(self.shape)
 
 
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64, 65, 128, 129, 600, 5000])
-def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    weight, asked, both = SimpleNamespace(shape=(256, 512), fragments=32), [], 9 <= rows <= 16
+def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, wide: bool) -> None:
+    weight, asked, both = SimpleNamespace(shape=(256, 512), fragments=32), [], wide and 9 <= rows <= 16
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: way(weight))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments, wgmma=True: asked.append((*arguments, wgmma)) or True)
-    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: SimpleNamespace(wide=True))
+    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: SimpleNamespace(wide=wide))
     times = {"fused": 1.0, "mma": 0.5, "sliced": 2.0, "decompress": 3.0}
     ways = {name: lambda weight, seconds=seconds: seconds for name, seconds in times.items()}
     for capturing in (True, False):
@@ -324,7 +328,7 @@ def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows
         chosen = dispatch.choose(weight, OnGpu(rows), ways)  # type: ignore[arg-type]
         fused = "mma" if both and not capturing else "fused"
         assert chosen == (fused if rows <= (64 if capturing else 128) else "decompress")
-    parts = [(256, 512, 32, size, 0) for size in ((rows,) if rows <= 64 else (64, 1))]
+    parts = [(256, 512, 32, size, 0) for size in ((rows,) if rows <= 64 or (wide and rows <= 128) else (64, 1))]
     fits = [(*part, True) for part in parts]
     assert asked == ([*fits, *fits, *[(*parts[0], False)] * both] if rows <= 128 else [])
     ((key, times),) = json.loads((tmp_path / "table.json").read_text()).items()

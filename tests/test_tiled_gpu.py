@@ -38,6 +38,11 @@ def encode(weights: torch.Tensor) -> TiledWeight:
     return weight
 
 
+def takes(batch: int, wgmma: bool = True) -> None:
+    if batch > tiled_gpu.most_rows(0, wgmma):
+        pytest.skip(f"a product takes {tiled_gpu.most_rows(0, wgmma)} rows")
+
+
 def with_escapes(shape: tuple[int, int], finite: bool = False) -> torch.Tensor:
     """Every 37th weight of one row, a row of tiny weights; unless all are to be finite, an Inf and a NaN."""
     weights = normal(*shape, seed=shape[1])
@@ -76,9 +81,10 @@ def test_products(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("finite", [True, False])
-@pytest.mark.parametrize("batch", [2, 7, 8, 9, 16, 31, 33, 50, 64])
+@pytest.mark.parametrize("batch", [2, 7, 8, 9, 16, 31, 33, 50, 64, 65, 100, 128])
 @pytest.mark.parametrize("shape", [*SHAPES[:1], *SHAPES[2:], (20_000, 4096)], ids=str)
 def test_products_of_several_rows(shape: tuple[int, int], batch: int, finite: bool) -> None:
+    takes(batch)
     weights = with_escapes(shape, finite)
     weight, bias = encode(weights), normal(shape[0], seed=1)
     x = normal(batch, shape[1], seed=2)
@@ -113,9 +119,10 @@ def test_all_patterns() -> None:
 
 
 @pytest.mark.parametrize("wgmma", [True, False])
-@pytest.mark.parametrize("batch", [1, 8, 16, 64])
+@pytest.mark.parametrize("batch", [1, 8, 16, 64, 128])
 def test_products_of_all_patterns(batch: int, wgmma: bool) -> None:
     """Each row has another pattern, and a row of x takes one column: that column's weights are what comes out."""
+    takes(batch, wgmma)
     weights, at = normal(1 << 16, 256), torch.arange(1 << 16, device="cuda")
     weights[at, at % 256] = at.to(torch.int32).to(torch.int16).view(torch.bfloat16)
     weight = encode(weights)
@@ -128,7 +135,7 @@ def test_products_of_all_patterns(batch: int, wgmma: bool) -> None:
         assert torch.equal(y.nan_to_num(nan=1e30), expected.nan_to_num(nan=1e30))
 
 
-@pytest.mark.parametrize("more", [3, 9, 20, 50])
+@pytest.mark.parametrize("more", [3, 9, 20, 50, 100])
 @pytest.mark.parametrize("columns", [300, 4096])
 @pytest.mark.parametrize("values", [["inf"], ["-inf", "inf"], ["nan"]])
 def test_activations_that_are_not_finite(columns: int, values: list[str], more: int) -> None:
@@ -147,15 +154,16 @@ def test_activations_that_are_not_finite(columns: int, values: list[str], more: 
     several = torch.cat([normal(2, columns, seed=3), x, normal(more, columns, seed=4)])
     rest = several.float() @ weights.float().T
     others = torch.arange(len(rest)) != 2
-    for wgmma in (True, False):
+    for wgmma in (wgmma for wgmma in (True, False) if len(several) <= tiled_gpu.most_rows(0, wgmma)):
         among = encode(weights).linear(several, wgmma=wgmma).float()
         assert torch.equal(torch.isnan(among[2]), torch.isnan(expected))
         assert torch.equal(among[2][whole], expected[whole])
         assert (among - rest)[others].nan_to_num(0, 0, 0).norm() < 0.01 * rest[others].nan_to_num(0, 0, 0).norm()
 
 
-@pytest.mark.parametrize("batch", [33, 64])
+@pytest.mark.parametrize("batch", [33, 64, 128])
 def test_an_infinity_where_fours_are_dealt_in_pieces(batch: int) -> None:
+    takes(batch)
     weights, x = normal(20_000, 1024), normal(batch, 1024, seed=1)
     weights[19_990:, 6] = 1e-30  # in a four that is dealt
     x[3, 5:7] = float("inf")
@@ -168,9 +176,10 @@ def test_an_infinity_where_fours_are_dealt_in_pieces(batch: int) -> None:
     assert (y - expected)[others].norm() < 0.01 * expected[others].norm()
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16, 64])
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 128])
 def test_each_product_waits_for_the_one_before(rows: int) -> None:
     """They begin early, so x must not be read too soon nor y written: a chain in a graph against one kernel at a time."""
+    takes(rows)
     first, second = encode(normal(4096, 4096)), encode(normal(4096, 4096, seed=1))
     start = torch.randn(rows, 4096, device="cuda").bfloat16()
     x, wanted = start.clone(), start.clone()
@@ -239,8 +248,9 @@ def test_what_does_not_fit_is_refused() -> None:
     weight = encode(normal(64, 512))
     with pytest.raises(ValueError, match="float32"):
         weight.linear(torch.zeros(1, 512, device="cuda"))
-    with pytest.raises(ValueError, match="1 to 64 rows"):
-        weight.linear(torch.zeros(65, 512, device="cuda", dtype=torch.bfloat16))
+    most = tiled_gpu.most_rows(0)
+    with pytest.raises(ValueError, match=f"1 to {most} rows"):
+        weight.linear(torch.zeros(most + 1, 512, device="cuda", dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="mode=exact"):
         tiled_gpu.plan(64, 200_000, 32, 132, 197_000, 35_000)
     with pytest.raises(ValueError, match="not those of a matrix"):
