@@ -28,6 +28,7 @@ MOST_ROWS = max(PRODUCTS)
 MOST_SPLITS = 8
 # What plan_rows assumes, in tiles or bytes a tile (of the 0.4 us in which every multiprocessor of an H200 reads one).
 STAGE, STAGE_BYTES = 1.5, 44_000
+GROUP = 1.5  # for each warp of several that share a row of tiles
 ADD_UP, ADD_UP_BYTES = 2.0, 1_800_000
 ADD_UP_THREADS = 256
 # tiled_wide_... of compute capability 9.0, by the most rows of x: slots of x in shared memory, the warpgroups that registers allow,
@@ -167,7 +168,7 @@ def plan_rows(rows: int, columns: int, fragments: int, batch: int, processors: i
             steps = rounds * ((phases - 1) * -(-size // groups) + -(-(wide - (phases - 1) * size) // groups))
             stagings = 1 if phases == 1 and (groups == 1 or apart) else rounds * phases
             cost = steps * max(warps, few_warps) + stagings * (STAGE + size * x_tile / STAGE_BYTES)
-            cost += adding + (groups > 1) * groups * rounds
+            cost += adding + (groups > 1) * GROUP * groups * rounds
             at = size * x_tile if apart else 0
             shared = at + parts if apart else max(size * x_tile, parts)
             found = Plan(kernel_rows, row_blocks * splits, warps, splits, groups, size, at, shared)
