@@ -1,5 +1,5 @@
-"""Which way a linear layer in the tiled layout is computed, by a table measured once: fused, for 9 to 16 rows of x by wgmma or by
-mma.sync, or decompressed and then by cuBLAS, all at once or in slices that stay in the L2 cache.
+"""Which way a linear layer in the tiled layout is computed, by a table measured once: fused (9 to 16 rows of x by wgmma or by
+mma.sync, 65 to 128 at once or in two parts), or decompressed and then by cuBLAS, at once or in slices that stay in the L2 cache.
 
 The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash>.json` (of the kernels, of what decides how they are launched,
 and of torch's and CUDA's versions): "rows x columns, rows of x" to the seconds of each way. $DF11_DISPATCH names another file: its
@@ -46,7 +46,8 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
         return y
     ways: Ways = {
         "fused": lambda weight: fused(weight, x, bias),
-        "mma": lambda weight: weight.linear(x, bias, wgmma=False),
+        "mma": lambda weight: OTHER_WAYS["mma"](weight, x, bias),
+        "parts": lambda weight: OTHER_WAYS["parts"](weight, x, bias),
         "decompress": lambda weight: dense_linear(x, weight.decompress(), bias),
         "sliced": lambda weight: sliced(weight, x, bias, slice_rows(weight, x.device)),
     }
@@ -60,13 +61,19 @@ def _linear(
     return linear(TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers), x, bias)
 
 
-def fused(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias, W never in memory; more rows of x than a product takes in parts, each of which reads the compressed weights."""
-    most = tiled_gpu.most_rows(x.get_device()) if x.is_cuda else MOST_ROWS
+def fused(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None, most: int = 0) -> torch.Tensor:
+    """x W^T + bias, W never in memory; more rows of x than a product takes, or than `most`, in parts, each of which reads W."""
+    most = most or (tiled_gpu.most_rows(x.get_device()) if x.is_cuda else MOST_ROWS)
     if x.numel() <= most * weight.shape[1]:
         return weight.linear(x, bias)
     parts = x.reshape(-1, weight.shape[1]).split(most)
     return torch.cat([weight.linear(part, bias) for part in parts]).view(*x.shape[:-1], weight.shape[0])
+
+
+OTHER_WAYS: dict[str, Callable[[TiledWeight, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {  # tiled_gpu.other_way
+    "mma": lambda weight, x, bias: weight.linear(x, bias, wgmma=False),
+    "parts": lambda weight, x, bias: fused(weight, x, bias, MOST_ROWS),
+}
 
 
 def sliced(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
@@ -92,7 +99,7 @@ def slice_rows(weight: TiledWeight, device: torch.device) -> int:
 
 
 def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
-    """A name of `ways`: `fused`, `mma`, `decompress` or `sliced`."""
+    """A name of `ways`: `fused`, `mma`, `parts`, `decompress` or `sliced`."""
     batch = x.numel() // weight.shape[1]
     if not x.is_cuda or batch == 0:
         return "fused" if batch == 1 else "decompress"
@@ -106,8 +113,9 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
         fuses = batch <= MOST_FUSED and in_fours and all(tiled_gpu.fits(*shape, rows, index) for rows in parts)
         if torch.cuda.is_current_stream_capturing():
             return "fused" if fuses and batch <= MOST_ROWS else "decompress"
-        mma = in_fours and tiled_gpu.has_both(batch, index) and tiled_gpu.fits(*shape, batch, index, wgmma=False)
-        allowed = {"fused": fuses, "mma": mma, "sliced": batch <= MOST_SLICED}
+        other = tiled_gpu.other_way(batch, index) if in_fours else None
+        mma = other == "mma" and tiled_gpu.fits(*shape, batch, index, wgmma=False)
+        allowed = {"fused": fuses, "mma": mma, "parts": other == "parts", "sliced": batch <= MOST_SLICED}
         possible = {name: way for name, way in ways.items() if allowed.get(name, True)}
         try:
             table[key] = {name: _seconds(way, weight, x.device) for name, way in possible.items()}

@@ -95,8 +95,9 @@ def launch(
 @functools.cache
 def _layout(sizes: tuple[int, ...]) -> tuple[struct.Struct, type[ctypes.Array], type[ctypes.Array], list[int]]:
     """Of arguments one after the other, of so many bytes, 0 for a pointer: layout, buffer, pointers to them, and their places."""
-    layout = struct.Struct("=" + "".join(f"{size}s" if size else "Q" for size in sizes))
-    places = itertools.accumulate((size or 8 for size in sizes[:-1]), initial=0)
+    padded = [-(-(size or 8) // 16) * 16 for size in sizes]  # as the strictest type of an argument is aligned
+    layout = struct.Struct("=" + "".join(f"{size}s{-size % 16}x" if size else "Q8x" for size in sizes))
+    places = itertools.accumulate(padded[:-1], initial=0)
     return layout, ctypes.c_char * layout.size, ctypes.c_void_p * len(sizes), list(places)
 
 

@@ -241,9 +241,10 @@ def most_rows(index: int, wgmma: bool = True) -> int:
     return max(WIDE) if wgmma and _kernels(index).wide else MOST_ROWS
 
 
-def has_both(batch: int, index: int) -> bool:
-    """Whether a product of so many rows of x may be faster by wgmma or by mma.sync."""
-    return min(PRODUCTS) < batch <= min(WIDE) and _kernels(index).wide
+def other_way(batch: int, index: int) -> str | None:
+    """What may be faster than a product by wgmma: for the fewest rows of x mma.sync, for the most two products (`parts`)."""
+    name = "mma" if min(PRODUCTS) < batch <= min(WIDE) else "parts" if MOST_ROWS < batch <= max(WIDE) else None
+    return name if name and _kernels(index).wide else None
 
 
 def _plan_several(kernels: _Kernels, rows: int, columns: int, fragments: int, batch: int, wgmma: bool) -> Plan | WidePlan:

@@ -174,13 +174,18 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
   const int rest = how.whole * blocks, dealt = rest + block / max(how.pieces, 1), piece = block % max(how.pieces, 1);
   const int items = own + (how.whole && dealt < quads);
   const int piece_left = across * piece / max(how.pieces, 1), piece_right = across * (piece + 1) / max(how.pieces, 1);
-  const uint32_t each = (right - left) * fours, all = (items + abreast - 1) / abreast * each;  // slots of x that are gone through
+  // Slots of x that are gone through: in a round all, in one of a piece alone its own.
+  const bool alone = items > own && own % abreast == 0;
+  const uint32_t each = (right - left) * fours, regular = ((alone ? own : items) + abreast - 1) / abreast * each;
+  const uint32_t all = regular + alone * (piece_right - piece_left) * fours;
   const uint32_t full = barriers + offsetof(Barriers, full), empty = barriers + offsetof(Barriers, empty);
   uint32_t arrived = barriers + offsetof(Barriers, codes) + 8 * warp;  // the codes of a tile
   // A row of tiles beyond the last is the last once more, and not kept.
   const auto row_of = [&](int item) { return kGroup * (item < own ? top + item : dealt) + warp % kGroup; };
   const auto first_tile = [&](int item) { return min(row_of(item), m.down() - 1) * across + (item < own ? left : piece_left); };
-  const auto bring = [&](int slice, uint32_t slot) {  // slice: of a round
+  const auto bring = [&](uint32_t slice, uint32_t at) {  // slice: of a round
+    const uint32_t slot = at % kRing;
+    if (at >= regular) slice = (piece_left - left) * fours + at - regular;
     copy(full + 8 * slot, xs + slot * kSlot, reinterpret_cast<const char*>(how.packed) + (int64_t(left) * fours + slice) * kSlot, kSlot);
   };
   // Low bytes and signs are brought some fours ahead, each lane's by itself.
@@ -250,7 +255,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       const uint32_t at = n + kAhead;
       if (lane == 0 && at < all) {
         if (at >= kRing) wait(empty + 8 * (at % kRing), (at / kRing - 1) & 1);
-        bring(slice, at % kRing);
+        bring(slice, at);
       }
       slice += warps;
       while (slice >= each) slice -= each;
@@ -264,14 +269,15 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
     }
   };
   for (int item = member; item - member < items; item += abreast) {
+    const int before = alone && item - member >= own ? piece_left : left, after = alone && item - member >= own ? piece_right : right;
     if (item >= items) {
-      pass(right - left);
+      pass(after - before);
       break;
     }
     float c[kEights][4] = {};
     const int tile = first_tile(item);
     const int begin = item < own ? left : piece_left, end = item < own ? right : piece_right;
-    pass(begin - left);
+    pass(begin - before);
     if (item >= abreast) {
       h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
       fetch_codes(h0.x, h1.x);
@@ -350,7 +356,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       }
       h0 = h1, h1 = h2;
     }
-    pass(right - end);
+    pass(after - end);
     if (row_of(item) < m.down()) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -393,8 +399,8 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
 
 }  // namespace tiled
 
-// Launch with 128 threads for each of up to kWideWarps / 4 warpgroups. Dynamic shared memory: tiled_shared of tiled.cu, 128 code_rows(F)
-// for each warp, kSlots kSlot and for each warp kChunks (kLow + kSigns).
+// Launch with 128 threads for each of up to kWideWarps / 4 (of 128 rows kWidestWarps / 4) warpgroups. Dynamic shared memory: tiled_shared
+// of tiled.cu, 128 code_rows(F) for each warp, kSlots (kWidestSlots) kSlot and for each warp kChunks (kLow + kSigns).
 #define TILED_WIDE(rows)                                                                                                       \
   extern "C" __global__ void __launch_bounds__((rows > 64 ? tiled::kWidestWarps : tiled::kWideWarps) * tiled::kLanes, 1)       \
   tiled_wide_##rows(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias,                \

@@ -35,15 +35,17 @@ def main() -> int:
                 x[0, 5] = float("inf")
                 y, expected = weight.linear(x, bias, wgmma).float(), x.float() @ weights.float().T + bias.float()
                 found[f"{batch} rows with an infinity, wgmma={wgmma}"] = torch.equal(y[0], expected[0])
-        if tiled_gpu._kernels(0).wide:  # as of many rows: two fours of rows of tiles a thread block, one of all, by columns
-            pieces = min(3, -(-shape[1] // (16 * weight.fragments)))
-            shared = 4 * 32 * 64 * tiled_gpu.WIDE[64][0] + 8 * tiled_gpu.CHUNKS * tiled_gpu.CHUNK_BYTES
-            with patch.object(tiled_gpu, "plan_wide", return_value=tiled_gpu.WidePlan(64, 3, 8, 1, 2, pieces, shared)):
+        # As of many rows: two fours of rows of tiles a thread block, one of all, by columns, in a round with others or of its own.
+        for batch, warps in ((64, 8), (64, 12), (128, 8), (128, 12)) if tiled_gpu._kernels(0).wide else ():
+            x, pieces = normal(batch, shape[1], seed=batch, device="cuda"), min(3, -(-shape[1] // (16 * weight.fragments)))
+            shared = 4 * 32 * batch * tiled_gpu.WIDE[batch][0] + warps * tiled_gpu.CHUNKS * tiled_gpu.CHUNK_BYTES
+            with patch.object(tiled_gpu, "plan_wide", return_value=tiled_gpu.WidePlan(batch, 3, warps, 1, 2, pieces, shared)):
                 for name, value in {"": 1.0, " with an infinity": float("inf")}.items():
                     x[0, 5] = value
                     y, expected = weight.linear(x, bias).float(), x.float() @ weights.float().T + bias.float()
-                    found[f"64 rows in pieces{name}"] = bool((y[1:] - expected[1:]).norm() < 0.01 * expected[1:].norm())
-            found["64 rows in pieces with an infinity"] &= torch.equal(y[0], expected[0])
+                    what = f"{batch} rows by {warps} warps in pieces{name}"
+                    found[what] = bool((y[1:] - expected[1:]).norm() < 0.01 * expected[1:].norm())
+            found[what] &= torch.equal(y[0], expected[0])
         torch.cuda.synchronize()
         wrong += [f"{shape}: {name}" for name, right in found.items() if not right]
     print("\n".join(wrong) or "all as expected")

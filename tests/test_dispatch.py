@@ -86,6 +86,7 @@ def test_constants_of_the_kernels() -> None:
         assert [constants[name] for name in names] == [slots, groups * tiled_gpu.WARPGROUP]
     assert constants["kMostSplits"] == tiled_gpu.MOST_SPLITS and constants["kMostWarps"] == tiled_gpu.MOST_WARPS
     assert constants["kProductWarps"] == tiled_gpu.PRODUCT_WARPS
+    assert max(tiled_gpu.WIDE) == dispatch.MOST_FUSED
     for name, sizes in {"PRODUCTS": tiled_gpu.PRODUCTS, "WIDE": tiled_gpu.WIDE}.items():
         assert [int(size) for size in re.findall(rf"^TILED_{name}\((\d+)", sources, re.M)] == list(sizes)
 
@@ -194,9 +195,13 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     tiled_gpu.linear(torch.randn(16, 8192).bfloat16(), *place, bias, wgmma=False)
     assert recorder.launched[0][0] == "tiled_products_16"
     recorder.launched.clear()
+    with pytest.raises(ValueError, match="1 to 64 rows"):
+        tiled_gpu.linear(torch.randn(65, 8192).bfloat16(), *place, bias, wgmma=False)
     recorder.room = 94_000  # less than the rings of 64 rows take, but enough for a tile of x
     tiled_gpu.linear(torch.randn(64, 8192).bfloat16(), *place, bias)
     assert recorder.launched[0][0] == "tiled_products_64"
+    with pytest.raises(ValueError, match="65 rows of x do not fit"):
+        tiled_gpu.linear(torch.randn(65, 8192).bfloat16(), *place, bias)
     out = torch.empty(80, 8192).bfloat16()
     tiled_gpu.decompress(weight.arrays, weight.uppers, out)
     assert recorder.launched[-1][0] == "tiled_decompress" and recorder.launched[-1].arguments[-1] == out.data_ptr()
@@ -282,7 +287,7 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # A table as it would be for a GPU.
     ways: dispatch.Ways = {"fused": lambda weight: torch.zeros(1), "decompress": lambda weight: torch.zeros(2)}
-    monkeypatch.setattr(tiled_gpu, "has_both", lambda batch, index: False)
+    monkeypatch.setattr(tiled_gpu, "other_way", lambda batch, index: None)
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "deep" / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: float(way(weight).numel()))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: True)
@@ -321,20 +326,20 @@ def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows
     monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: way(weight))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments, wgmma=True: asked.append((*arguments, wgmma)) or True)
     monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: SimpleNamespace(wide=wide))
-    times = {"fused": 1.0, "mma": 0.5, "sliced": 2.0, "decompress": 3.0}
+    times, parts = {"fused": 1.0, "mma": 0.5, "parts": 0.4, "sliced": 2.0, "decompress": 3.0}, wide and 65 <= rows <= 128
     ways = {name: lambda weight, seconds=seconds: seconds for name, seconds in times.items()}
     for capturing in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
         chosen = dispatch.choose(weight, OnGpu(rows), ways)  # type: ignore[arg-type]
-        fused = "mma" if both and not capturing else "fused"
+        fused = "fused" if capturing else "mma" if both else "parts" if parts else "fused"
         assert chosen == (fused if rows <= (64 if capturing else 128) else "decompress")
-    parts = [(256, 512, 32, size, 0) for size in ((rows,) if rows <= 64 or (wide and rows <= 128) else (64, 1))]
-    fits = [(*part, True) for part in parts]
-    assert asked == ([*fits, *fits, *[(*parts[0], False)] * both] if rows <= 128 else [])
+    products = [(256, 512, 32, size, 0) for size in ((rows,) if rows <= 64 or (wide and rows <= 128) else (64, 1))]
+    fits = [(*product, True) for product in products]
+    assert asked == ([*fits, *fits, *[(*products[0], False)] * both] if rows <= 128 else [])
     ((key, times),) = json.loads((tmp_path / "table.json").read_text()).items()
     size = {1: 1, 8: 8, 9: 16, 16: 16, 17: 32, 64: 64, 65: 72, 128: 128, 129: 512, 600: 2048, 5000: 2048}[rows]
     assert key == f"256 x 512, {size}"
-    assert set(times) == ({"fused", "sliced", "decompress", *["mma"] * both} if rows <= 128 else {"decompress"})
+    assert set(times) == ({"fused", "sliced", "decompress", *["mma"] * both, *["parts"] * parts} if rows <= 128 else {"decompress"})
     monkeypatch.setattr(dispatch, "_default_file", lambda index: "not asked")
     assert dispatch.times((256, 512), rows, 0) == times and dispatch.times((512, 256), rows, 0) == {}
 

@@ -91,7 +91,7 @@ def test_products_of_several_rows(shape: tuple[int, int], batch: int, finite: bo
     exact = x.double() @ weights.double().T + bias.double()
     finite = torch.isfinite(weights.float()).all(1)
     cublas = linear(x, weights, bias).double()
-    for wgmma in (True, False) if tiled_gpu.has_both(batch, 0) else (True,):
+    for wgmma in (True, False) if tiled_gpu.other_way(batch, 0) == "mma" else (True,):
         y = weight.linear(x, bias, wgmma)
         assert same_bits(weight.linear(x, bias, wgmma), y)
         assert (y.double() - exact)[:, finite].norm() <= 1.1 * (cublas - exact)[:, finite].norm()
@@ -161,15 +161,25 @@ def test_activations_that_are_not_finite(columns: int, values: list[str], more: 
         assert (among - rest)[others].nan_to_num(0, 0, 0).norm() < 0.01 * rest[others].nan_to_num(0, 0, 0).norm()
 
 
+@pytest.mark.parametrize("whole", [1, 2, 3])
 @pytest.mark.parametrize("batch", [33, 64, 128])
-def test_an_infinity_where_fours_are_dealt_in_pieces(batch: int) -> None:
+def test_an_infinity_where_fours_are_dealt_in_pieces(batch: int, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, two and three fours a thread block, and its part of another: in a round with others, or in one of its own."""
     takes(batch)
-    weights, x = normal(20_000, 1024), normal(batch, 1024, seed=1)
-    weights[19_990:, 6] = 1e-30  # in a four that is dealt
+    kernels = tiled_gpu._kernels(0)
+    blocks = kernels.device.processors
+    rows = (whole * blocks + 30) * 64 - 17
+    weights, x = normal(rows, 1024), normal(batch, 1024, seed=1)
+    weights[rows - 20 :, 6] = 1e-30  # in a four that is dealt
     x[3, 5:7] = float("inf")
-    weight, kernels = encode(weights), tiled_gpu._kernels(0)
-    how = tiled_gpu._plan_several(kernels, 20_000, 1024, weight.fragments, batch, True)
-    assert not kernels.wide or (isinstance(how, tiled_gpu.WidePlan) and how.pieces > 1)
+    weight = encode(weights)
+    if kernels.wide:
+        size = min(size for size in tiled_gpu.WIDE if size >= batch)
+        slots, most, *_ = tiled_gpu.WIDE[size]
+        warps = 4 * (most if whole == 1 else whole)
+        shared = slots * 4 * 32 * size + warps * tiled_gpu.CHUNKS * tiled_gpu.CHUNK_BYTES
+        how = tiled_gpu.WidePlan(size, blocks, warps, 1, whole, 2, shared)
+        monkeypatch.setattr(tiled_gpu, "plan_wide", lambda *arguments: how)
     y, expected = weight.linear(x).float(), x.float() @ weights.float().T
     assert torch.equal(y[3].isnan(), expected[3].isnan()) and torch.equal(y[3].isposinf(), expected[3].isposinf())
     others = torch.arange(batch) != 3
