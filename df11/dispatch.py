@@ -1,5 +1,5 @@
-"""Which way a linear layer in the tiled layout is computed, by a table measured once: fused (9 to 16 rows of x by wgmma or by
-mma.sync, 65 to 128 at once or in two parts), or decompressed and then by cuBLAS, at once or in slices that stay in the L2 cache.
+"""Which way a linear layer in the tiled layout is computed, by a table measured once: fused, for 9 to 16 rows of x by wgmma or by
+mma.sync, or decompressed and then by cuBLAS, all at once or in slices that stay in the L2 cache.
 
 The table of a GPU is a readable JSON file in the cache, `<GPU>-<hash>.json` (of the kernels, of what decides how they are launched,
 and of torch's and CUDA's versions): "rows x columns, rows of x" to the seconds of each way. $DF11_DISPATCH names another file: its
@@ -26,10 +26,10 @@ from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
 REPEATS = 5
 FLUSHES, MOST_FLUSHES = 20, 640  # some 1.6 and 50 ms
 MOST_COPIES = 8
-MOST_FUSED = 2 * MOST_ROWS  # rows of x
+PRODUCTS = 2  # of so many rows of x as one takes
 MOST_SLICED = 128  # rows of x; with more the products of slices were up to a third slower than those of all weights
-# Rows of x that are timed, more are as the last. Beyond MOST_ROWS it matters how many are left, where these take a product more.
-BUCKETS = (1, *tiled_gpu.PRODUCTS, *(MOST_ROWS + size for size in tiled_gpu.PRODUCTS), 512, 2048)
+# Rows of x that are timed, more are as the last. Beyond those of a product it matters how many are left for the second.
+BUCKETS = (1, *tiled_gpu.PRODUCTS, *(MOST_ROWS + size for size in tiled_gpu.PRODUCTS), 144, 160, 192, 256, 512, 2048)
 NOT_MEASURED = 0.0  # seconds of the only way; not kept in the file
 Table = dict[str, dict[str, float]]
 Ways = dict[str, Callable[[TiledWeight], torch.Tensor]]
@@ -39,15 +39,14 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
     """x W^T + bias, bf16 [..., rows], the fastest way.
 
     Numbers of rows of x up to the same of BUCKETS share an entry of the table. One that it lacks is timed here, but not while a
-    CUDA graph is captured: then up to MOST_ROWS are taken to be faster fused, and others decompressed at once.
+    CUDA graph is captured: then as many as a product takes are taken to be faster fused, and more decompressed at once.
     """
     if torch.compiler.is_compiling():  # what is chosen when is no business of the compiler's
         y: torch.Tensor = torch.ops.df11.linear(x, weight.arrays, weight.uppers, *weight.shape, bias)
         return y
     ways: Ways = {
         "fused": lambda weight: fused(weight, x, bias),
-        "mma": lambda weight: OTHER_WAYS["mma"](weight, x, bias),
-        "parts": lambda weight: OTHER_WAYS["parts"](weight, x, bias),
+        "mma": lambda weight: weight.linear(x, bias, wgmma=False),
         "decompress": lambda weight: dense_linear(x, weight.decompress(), bias),
         "sliced": lambda weight: sliced(weight, x, bias, slice_rows(weight, x.device)),
     }
@@ -61,19 +60,18 @@ def _linear(
     return linear(TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers), x, bias)
 
 
-def fused(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None, most: int = 0) -> torch.Tensor:
-    """x W^T + bias, W never in memory; more rows of x than a product takes, or than `most`, in parts, each of which reads W."""
-    most = most or (tiled_gpu.most_rows(x.get_device()) if x.is_cuda else MOST_ROWS)
+def fused(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + bias, W never in memory; more rows of x than a product takes in parts, each of which reads the compressed weights."""
+    most = most_rows(x.device)
     if x.numel() <= most * weight.shape[1]:
         return weight.linear(x, bias)
     parts = x.reshape(-1, weight.shape[1]).split(most)
     return torch.cat([weight.linear(part, bias) for part in parts]).view(*x.shape[:-1], weight.shape[0])
 
 
-OTHER_WAYS: dict[str, Callable[[TiledWeight, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {  # tiled_gpu.other_way
-    "mma": lambda weight, x, bias: weight.linear(x, bias, wgmma=False),
-    "parts": lambda weight, x, bias: fused(weight, x, bias, MOST_ROWS),
-}
+def most_rows(device: torch.device) -> int:
+    """Of x that a product takes there."""
+    return tiled_gpu.most_rows(device.index) if device.type == "cuda" else MOST_ROWS
 
 
 def sliced(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
@@ -99,7 +97,7 @@ def slice_rows(weight: TiledWeight, device: torch.device) -> int:
 
 
 def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
-    """A name of `ways`: `fused`, `mma`, `parts`, `decompress` or `sliced`."""
+    """A name of `ways`: `fused`, `mma`, `decompress` or `sliced`."""
     batch = x.numel() // weight.shape[1]
     if not x.is_cuda or batch == 0:
         return "fused" if batch == 1 else "decompress"
@@ -110,12 +108,11 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
         shape, index = (*weight.shape, weight.fragments), x.device.index
         most = MOST_ROWS if batch <= MOST_ROWS else tiled_gpu.most_rows(index)
         parts = (batch,) if batch <= most else (most, 1)  # of others in the bucket too
-        fuses = batch <= MOST_FUSED and in_fours and all(tiled_gpu.fits(*shape, rows, index) for rows in parts)
+        fuses = batch <= PRODUCTS * most and in_fours and all(tiled_gpu.fits(*shape, rows, index) for rows in parts)
         if torch.cuda.is_current_stream_capturing():
-            return "fused" if fuses and batch <= MOST_ROWS else "decompress"
-        other = tiled_gpu.other_way(batch, index) if in_fours else None
-        mma = other == "mma" and tiled_gpu.fits(*shape, batch, index, wgmma=False)
-        allowed = {"fused": fuses, "mma": mma, "parts": other == "parts", "sliced": batch <= MOST_SLICED}
+            return "fused" if fuses and batch <= most else "decompress"
+        mma = in_fours and tiled_gpu.has_both(batch, index) and tiled_gpu.fits(*shape, batch, index, wgmma=False)
+        allowed = {"fused": fuses, "mma": mma, "sliced": batch <= MOST_SLICED}
         possible = {name: way for name, way in ways.items() if allowed.get(name, True)}
         try:
             table[key] = {name: _seconds(way, weight, x.device) for name, way in possible.items()}

@@ -314,6 +314,7 @@ def _enter_embedding(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any
 
 
 def _leave_embedding(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-    module.__dict__.pop("weight", None)
+    if "weight" in module.__dict__:
+        delattr(module, "weight")  # torch 2.11 cannot compile `pop`
     if not torch.compiler.is_compiling() and module.__dict__.pop("_df11_turn", False):
         _TURN.release()

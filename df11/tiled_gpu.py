@@ -33,7 +33,7 @@ ADD_UP, ADD_UP_BYTES = 2.0, 1_800_000
 ADD_UP_THREADS = 256
 # tiled_wide_... of compute capability 9.0, by the most rows of x: slots of x in shared memory, the warpgroups that registers allow,
 # and what plan_wide assumes of the time of a tile, in us on an H100: so much, and so much more for each warpgroup.
-WIDE = {16: (8, 4, 6.0, 0.4), 32: (8, 4, 4.4, 1.0), 64: (8, 4, 4.0, 1.5), 128: (4, 3, 4.0, 2.3)}
+WIDE = {16: (8, 4, 6.0, 0.4), 32: (8, 4, 4.4, 1.0), 64: (8, 4, 4.0, 1.5), 128: (4, 3, 2.0, 2.5)}
 WARPGROUP = 4  # warps
 CHUNKS, CHUNK_BYTES = 4, 9 * 4 * LANES  # tiled::kChunks, kLow + kSigns
 WIDE_ADD_UP, WIDE_ADD_UP_BYTES = 1.5, 4_000_000  # us, bytes a us
@@ -241,10 +241,9 @@ def most_rows(index: int, wgmma: bool = True) -> int:
     return max(WIDE) if wgmma and _kernels(index).wide else MOST_ROWS
 
 
-def other_way(batch: int, index: int) -> str | None:
-    """What may be faster than a product by wgmma: for the fewest rows of x mma.sync, for the most two products (`parts`)."""
-    name = "mma" if min(PRODUCTS) < batch <= min(WIDE) else "parts" if MOST_ROWS < batch <= max(WIDE) else None
-    return name if name and _kernels(index).wide else None
+def has_both(batch: int, index: int) -> bool:
+    """Whether a product may be by wgmma or by mma.sync, each of which is faster for some shapes."""
+    return min(PRODUCTS) < batch <= min(WIDE) and _kernels(index).wide
 
 
 def _plan_several(kernels: _Kernels, rows: int, columns: int, fragments: int, batch: int, wgmma: bool) -> Plan | WidePlan:

@@ -108,15 +108,15 @@ def measure(cfg: Config, matrix: Matrix, batch_size: int) -> Iterator[dict[str, 
     weights, tiled, dense, packed, count = matrix.weights, matrix.tiled, matrix.dense, matrix.packed, matrix.count
     rows, columns = weights.shape
     x, half = normal(cfg, 1, batch_size, columns), count // 2
-    other = tiled_gpu.other_way(batch_size, x.get_device()) if on_gpu else None
+    fuses = batch_size <= dispatch.PRODUCTS * dispatch.most_rows(x.device)
     if tiled:
         bits = 8 * tiled.nbytes / weights.numel()
         yield {"codec": "tiled", "metric": "bits_per_weight", "value": bits, "unit": "bits"}
-        if batch_size <= dispatch.MOST_FUSED:
+        if fuses:
             xs = torch.stack([normal(cfg, 1 + draw, batch_size, columns) for draw in range(DRAWS)])
             products: dict[str, Product] = {kernel: lambda x: dispatch.fused(tiled, x)}
-            if other:
-                products[other] = lambda x: dispatch.OTHER_WAYS[other](tiled, x, None)
+            if on_gpu and tiled_gpu.has_both(batch_size, x.get_device()):
+                products["mma"] = lambda x: tiled.linear(x, wgmma=False)
             for name, product in products.items():
                 error = fused_error(product, weights, xs, baselines[0])
                 if error > MOST_ERROR:
@@ -135,10 +135,10 @@ def measure(cfg: Config, matrix: Matrix, batch_size: int) -> Iterator[dict[str, 
         works["tiled", "sliced", "exact"] = lambda i: dispatch.sliced(packed[i], x, None, dispatch.slice_rows(tiled, x.device))
         works["tiled", "dispatch", "fused"] = lambda i: dispatch.linear(packed[i], x)
         dispatch.linear(tiled, x)  # measures where its table lacks the shape
-        if batch_size <= dispatch.MOST_FUSED:
+        if fuses:
             works["tiled", kernel, "fused"] = lambda i: dispatch.fused(packed[i], x)
-        if other:
-            works["tiled", other, "fused"] = lambda i: dispatch.OTHER_WAYS[other](packed[i], x, None)
+        if on_gpu and tiled_gpu.has_both(batch_size, x.get_device()):
+            works["tiled", "mma", "fused"] = lambda i: packed[i].linear(x, wgmma=False)
         moved |= dict.fromkeys(works.keys() - moved.keys(), tiled.nbytes + vectors) | {alone: tiled.nbytes + weights.nbytes}
     for codec, peer in matrix.peers.of(x).items():
         works[codec, codec, "fused"] = partial(peer, x=x)
@@ -241,7 +241,7 @@ def walk(work: Callable[[int], object], count: int, rounds: int = 1) -> None:
 def table(rows: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     """Medians, a line a shape and batch size; of cuBLAS and cuBLASLt the faster."""
     index, name = ["rows", "columns", "batch_size"], ["metric", "codec", "mode"]
-    rows = rows.assign(mode=rows["mode"].where(~rows["kernel"].isin(["dispatch", *dispatch.OTHER_WAYS]), rows["kernel"]))
+    rows = rows.assign(mode=rows["mode"].where(~rows["kernel"].isin(["dispatch", "mma"]), rows["kernel"]))
     middle = rows[rows["kernel"] != "copy"].groupby([*index, *name, "kernel"], sort=False, as_index=False)["value"].median()
     wide = middle.pivot_table(index=index, columns=name, values="value", aggfunc="min", sort=False)
     return wide.reindex(columns=list(SHOWN.values())).set_axis(list(SHOWN), axis=1).reset_index()

@@ -86,7 +86,7 @@ def test_constants_of_the_kernels() -> None:
         assert [constants[name] for name in names] == [slots, groups * tiled_gpu.WARPGROUP]
     assert constants["kMostSplits"] == tiled_gpu.MOST_SPLITS and constants["kMostWarps"] == tiled_gpu.MOST_WARPS
     assert constants["kProductWarps"] == tiled_gpu.PRODUCT_WARPS
-    assert max(tiled_gpu.WIDE) == dispatch.MOST_FUSED
+    assert dispatch.PRODUCTS * max(tiled_gpu.WIDE) in dispatch.BUCKETS
     for name, sizes in {"PRODUCTS": tiled_gpu.PRODUCTS, "WIDE": tiled_gpu.WIDE}.items():
         assert [int(size) for size in re.findall(rf"^TILED_{name}\((\d+)", sources, re.M)] == list(sizes)
 
@@ -287,7 +287,7 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # A table as it would be for a GPU.
     ways: dispatch.Ways = {"fused": lambda weight: torch.zeros(1), "decompress": lambda weight: torch.zeros(2)}
-    monkeypatch.setattr(tiled_gpu, "other_way", lambda batch, index: None)
+    monkeypatch.setattr(tiled_gpu, "has_both", lambda batch, index: False)
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "deep" / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: float(way(weight).numel()))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: True)
@@ -319,27 +319,43 @@ class OnGpu:
 
 
 @pytest.mark.parametrize("wide", [True, False])
-@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64, 65, 128, 129, 600, 5000])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64, 65, 128, 129, 150, 256, 257, 600, 5000])
 def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, wide: bool) -> None:
     weight, asked, both = SimpleNamespace(shape=(256, 512), fragments=32), [], wide and 9 <= rows <= 16
+    most = 128 if wide else 64
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: way(weight))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments, wgmma=True: asked.append((*arguments, wgmma)) or True)
     monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: SimpleNamespace(wide=wide))
-    times, parts = {"fused": 1.0, "mma": 0.5, "parts": 0.4, "sliced": 2.0, "decompress": 3.0}, wide and 65 <= rows <= 128
+    times = {"fused": 1.0, "mma": 0.5, "sliced": 2.0, "decompress": 3.0}
     ways = {name: lambda weight, seconds=seconds: seconds for name, seconds in times.items()}
     for capturing in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
         chosen = dispatch.choose(weight, OnGpu(rows), ways)  # type: ignore[arg-type]
-        fused = "fused" if capturing else "mma" if both else "parts" if parts else "fused"
-        assert chosen == (fused if rows <= (64 if capturing else 128) else "decompress")
-    products = [(256, 512, 32, size, 0) for size in ((rows,) if rows <= 64 or (wide and rows <= 128) else (64, 1))]
+        fused = "mma" if both and not capturing else "fused"
+        assert chosen == (fused if rows <= most * (1 if capturing else 2) else "decompress")
+    products = [(256, 512, 32, size, 0) for size in ((rows,) if rows <= most else (most, 1))]
     fits = [(*product, True) for product in products]
-    assert asked == ([*fits, *fits, *[(*products[0], False)] * both] if rows <= 128 else [])
+    assert asked == ([*fits, *fits, *[(*products[0], False)] * both] if rows <= 2 * most else [])
     ((key, times),) = json.loads((tmp_path / "table.json").read_text()).items()
-    size = {1: 1, 8: 8, 9: 16, 16: 16, 17: 32, 64: 64, 65: 72, 128: 128, 129: 512, 600: 2048, 5000: 2048}[rows]
-    assert key == f"256 x 512, {size}"
-    assert set(times) == ({"fused", "sliced", "decompress", *["mma"] * both, *["parts"] * parts} if rows <= 128 else {"decompress"})
+    sizes = {
+        1: 1,
+        8: 8,
+        9: 16,
+        16: 16,
+        17: 32,
+        64: 64,
+        65: 72,
+        128: 128,
+        129: 144,
+        150: 160,
+        256: 256,
+        257: 512,
+        600: 2048,
+        5000: 2048,
+    }
+    assert key == f"256 x 512, {sizes.get(rows, rows)}"
+    assert set(times) == {"decompress", *["fused"] * (rows <= 2 * most), *["mma"] * both, *["sliced"] * (rows <= 128)}
     monkeypatch.setattr(dispatch, "_default_file", lambda index: "not asked")
     assert dispatch.times((256, 512), rows, 0) == times and dispatch.times((512, 256), rows, 0) == {}
 

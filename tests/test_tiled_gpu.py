@@ -91,7 +91,7 @@ def test_products_of_several_rows(shape: tuple[int, int], batch: int, finite: bo
     exact = x.double() @ weights.double().T + bias.double()
     finite = torch.isfinite(weights.float()).all(1)
     cublas = linear(x, weights, bias).double()
-    for wgmma in (True, False) if tiled_gpu.other_way(batch, 0) == "mma" else (True,):
+    for wgmma in (True, False) if tiled_gpu.has_both(batch, 0) else (True,):
         y = weight.linear(x, bias, wgmma)
         assert same_bits(weight.linear(x, bias, wgmma), y)
         assert (y.double() - exact)[:, finite].norm() <= 1.1 * (cublas - exact)[:, finite].norm()

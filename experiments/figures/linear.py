@@ -24,7 +24,7 @@ CURVES = {("tiled", "dispatch"): "-", ("tiled", "exact"): "--"}  # codec, mode (
 def draw(results: Path) -> Figure:
     rows = load(results, "linear").astype({"rows": int, "columns": int, "batch_size": int})
     gpu = rows["gpu"].iloc[-1]  # the one measured last
-    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] != "bf16") & ~rows["kernel"].isin(["mma", "parts", "sliced"])]
+    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] != "bf16") & ~rows["kernel"].isin(["mma", "sliced"])]
     rows["mode"] = rows["mode"].where(rows["kernel"] != "dispatch", "dispatch")
     key = ["rows", "columns", "batch_size"]
     speedup = one(rows, metric="speedup_vs_cublas").set_index(["codec", "mode", *key])["value"].sort_index()
