@@ -31,12 +31,33 @@ STAGE, STAGE_BYTES = 1.5, 44_000
 GROUP = 1.5  # for each warp of several that share a row of tiles
 ADD_UP, ADD_UP_BYTES = 2.0, 1_800_000
 ADD_UP_THREADS = 256
-# tiled_wide_... of compute capability 9.0, by the most rows of x: slots of x in shared memory, the warpgroups that registers allow,
-# and what plan_wide assumes of the time of a tile, in us on an H100: so much, and so much more for each warpgroup.
-WIDE = {16: (8, 4, 6.0, 0.4), 32: (8, 4, 4.4, 1.0), 64: (8, 4, 4.0, 1.5), 128: (4, 3, 2.0, 2.5)}
+
+
+class WideKernel(NamedTuple):
+    """tiled_wide_... of compute capability 9.0: kSlots, kChunks, kBuffers, kWideWarps / 4 of the kernel for so many rows of x, and
+    what plan_wide assumes of the time of a tile, in us on an H100: so much, and so much more for each warpgroup."""
+
+    slots: int
+    chunks: int
+    buffers: int
+    warpgroups: int
+    once: float
+    more: float
+
+    def shared(self, rows: int, warps: int, fragments: int) -> int:
+        """Bytes for x, for low bytes on their way, and for codes beyond those of a tile for each warp."""
+        return 128 * rows * self.slots + warps * (CHUNK_BYTES * self.chunks + (self.buffers - 1) * code_bytes(fragments))
+
+
+WIDE = {
+    16: WideKernel(8, 3, 2, 4, 3.0, 0.7),
+    32: WideKernel(8, 3, 2, 4, 1.7, 0.9),
+    64: WideKernel(4, 3, 2, 4, 2.8, 1.5),
+    128: WideKernel(4, 4, 1, 3, 3.8, 1.2),
+}
 WARPGROUP = 4  # warps
-CHUNKS, CHUNK_BYTES = 4, 9 * 4 * LANES  # tiled::kChunks, kLow + kSigns
-WIDE_ADD_UP, WIDE_ADD_UP_BYTES = 1.5, 4_000_000  # us, bytes a us
+CHUNK_BYTES = 9 * 4 * LANES  # kLow + kSigns
+WIDE_ADD_UP, WIDE_ADD_UP_BYTES = 3.0, 3_000_000  # us, bytes a us
 PACK_THREADS = 256
 WIDE_SPREAD = struct.Struct("PPPiiii")  # tiled::Wide
 SPREAD = struct.Struct("Piiiii4x")  # tiled::Spread
@@ -189,7 +210,7 @@ class WidePlan:
     splits: int
     whole: int  # tiled::Wide
     pieces: int
-    shared: int  # bytes for x and for low bytes on their way
+    shared: int  # bytes beyond those for a tile's codes of each warp
 
 
 @functools.cache
@@ -198,11 +219,12 @@ def plan_wide(rows: int, columns: int, fragments: int, batch: int, processors: i
     tiles, all of a thread block the same columns of x at a time."""
     across, fours = -(-columns // (16 * fragments)), -(-rows // (WARPGROUP * TILE_ROWS))
     kernel_rows = min(size for size in WIDE if size >= batch)
-    slots, most_warpgroups, once, more = WIDE[kernel_rows]
+    kernel = WIDE[kernel_rows]
+    once, more = kernel.once, kernel.more
     best: tuple[float, WidePlan] | None = None
-    for splits, abreast in itertools.product(range(1, min(MOST_SPLITS, across) + 1), range(1, most_warpgroups + 1)):
+    for splits, abreast in itertools.product(range(1, min(MOST_SPLITS, across) + 1), range(1, kernel.warpgroups + 1)):
         warps = WARPGROUP * abreast
-        shared = slots * 4 * 32 * kernel_rows + warps * CHUNKS * CHUNK_BYTES
+        shared = kernel.shared(kernel_rows, warps, fragments)
         if shared + warps * code_bytes(fragments) > room:
             continue
         row_blocks = min(processors // splits, fours)

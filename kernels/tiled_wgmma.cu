@@ -4,18 +4,23 @@
 //
 // Four warps, a warpgroup, have four rows of tiles: the 64 rows of a wgmma. Each decodes its own as for mma.sync, four fragments at a
 // time, while those before are multiplied. x, which a kernel before this one has packed, is read from shared memory once for all four;
-// bulk copies bring it there, through a ring that all warps of a block go around together. Codes come by bulk copies too, low bytes
-// through a ring of each warp. Sums of several thread blocks are added by tiled_add_up.
+// bulk copies bring it there, through a ring that all warps of a block go around together. Codes come by bulk copies too, those of the
+// next tile while this one is decoded; low bytes through a ring of each warp. Sums of several thread blocks are added by tiled_add_up.
 #include "tiled.cuh"
 
 namespace tiled {
 
 constexpr int kGroup = 4;       // warps
-constexpr int kWideWarps = 16;  // at most
-constexpr int kWidestWarps = 12;  // for 128 rows of x, whose sums take 64 registers
-constexpr int kSlots = 8;       // of x, four fragments each
-constexpr int kWidestSlots = 4;
-constexpr int kChunks = 4;  // of a warp's low bytes and signs, four fragments each
+// By rows of x. Sums of 128 take 64 registers, and their x most of shared memory: fewer warps, the codes of one tile each.
+template <int kRows>
+constexpr int kWideWarps = kRows > 64 ? 12 : 16;  // at most
+template <int kRows>
+constexpr int kSlots = kRows > 32 ? 4 : 8;  // of x, four fragments each
+template <int kRows>
+constexpr int kChunks = kRows > 64 ? 4 : 3;  // of a warp's low bytes and signs, four fragments each
+template <int kRows>
+constexpr int kBuffers = kRows > 64 ? 1 : 2;  // of a warp's codes
+constexpr int kMostSlots = 8, kMostWideWarps = 16;
 constexpr int kLow = 2 * kLanes * 16, kSigns = kLanes * 4;  // bytes of four fragments
 
 struct Wide {
@@ -30,7 +35,7 @@ struct Wide {
 };
 
 struct Barriers {  // mbarriers, in the place of Shared::sums
-  uint64_t full[kSlots], empty[kSlots], codes[kWideWarps];
+  uint64_t full[kMostSlots], empty[kMostSlots], codes[kMostWideWarps];
 };
 static_assert(sizeof(Barriers) <= sizeof(Shared::sums));
 
@@ -158,12 +163,13 @@ __device__ __forceinline__ void pack(const __nv_bfloat16* x, uint4* packed, uint
 template <int kEights>
 __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* y, const Wide& how) {
   constexpr int kRows = 8 * kEights, kSlot = 4 * kRows * 32;  // bytes of x of four fragments
-  constexpr int kRing = kEights > 8 ? kWidestSlots : kSlots, kAhead = kRing - 2;  // slots, and how many ahead they are filled
+  constexpr int kRing = kSlots<kRows>, kAhead = kRing - 2;  // slots, and how many ahead they are filled
+  constexpr int kDepth = kChunks<kRows>, kHeld = kBuffers<kRows>;
   Shared& s = shared();
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, warps = blockDim.x / kLanes, g = lane / 4, t = lane % 4;
   uint32_t(*const all_codes)[kLanes] = reinterpret_cast<uint32_t(*)[kLanes]>(&s + 1);
-  uint32_t(*const codes)[kLanes] = all_codes + warp * code_rows(m.fragments);
-  const uint32_t xs = address(all_codes + warps * code_rows(m.fragments));  // [kRing][4][kEights][2][8] uint4
+  uint32_t(*const codes)[kLanes] = all_codes + warp * kHeld * code_rows(m.fragments);
+  const uint32_t xs = address(all_codes + warps * kHeld * code_rows(m.fragments));  // [kRing][4][kEights][2][8] uint4
   const uint32_t barriers = address(s.sums);
   const int across = m.across(), quads = (m.down() + kGroup - 1) / kGroup, fours = m.fragments / 4;
   const int abreast = warps / kGroup, member = warp / kGroup;
@@ -189,8 +195,8 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
     copy(full + 8 * slot, xs + slot * kSlot, reinterpret_cast<const char*>(how.packed) + (int64_t(left) * fours + slice) * kSlot, kSlot);
   };
   // Low bytes and signs are brought some fours ahead, each lane's by itself.
-  uint32_t low = xs + kRing * kSlot + warp * kChunks * kLow + 16 * lane;
-  uint32_t signs = xs + kRing * kSlot + warps * kChunks * kLow + warp * kChunks * kSigns + 4 * lane;
+  uint32_t low = xs + kRing * kSlot + warp * kDepth * kLow + 16 * lane;
+  uint32_t signs = xs + kRing * kSlot + warps * kDepth * kLow + warp * kDepth * kSigns + 4 * lane;
   uint32_t entries = address(s.table), lane_at = 4 * lane, own_codes = address(codes);
   hide(low), hide(signs), hide(entries), hide(lane_at), hide(own_codes), hide(arrived);
   int low_item = member - abreast;
@@ -214,10 +220,13 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       low_from += kLow, signs_from += kLanes, low_left--;
     }
     commit();
-    chunk = (chunk + 1) % kChunks;
+    chunk = (chunk + 1) % kDepth;
   };
+  const auto buffer_of = [&](uint32_t nth) { return kHeld > 1 && nth & 1 ? code_rows(m.fragments) : 0; };  // in rows
+  uint32_t fetched = 0;
   const auto fetch_codes = [&](uint32_t first, uint32_t last) {
-    if (lane == 0) copy(arrived, own_codes, m.stream + int64_t(first) * kLanes, (last - first) * kLanes);
+    if (lane == 0) copy(arrived, own_codes + buffer_of(fetched) * kLanes * 4, m.stream + int64_t(first) * kLanes, (last - first) * kLanes);
+    fetched++;
   };
   uint2 h0 = {}, h1 = {};
   if (member < items) h0 = __ldg(m.tiles + first_tile(member)), h1 = __ldg(m.tiles + first_tile(member) + 1);
@@ -227,9 +236,9 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
   __syncthreads();
   load_table(m, s.table);
   commit();
-  for (int i = 0; i < kChunks; i++) refill();
+  for (int i = 0; i < kDepth; i++) refill();
   if (member < items) fetch_codes(h0.x, h1.x);
-  wait_but<kChunks>();
+  wait_but<kDepth>();
   __syncthreads();
   wait_for_the_kernel_before();
   if (threadIdx.x == 0)
@@ -282,19 +291,21 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
       fetch_codes(h0.x, h1.x);
     }
+    uint2 h2 = begin + 1 < end ? __ldg(m.tiles + tile + 2) : h1;
     for (int column = begin; column < end; column++) {
       const bool more = column + 1 < end;
-      uint2 h2 = h1;
-      if (more) h2 = __ldg(m.tiles + tile + (column - begin) + 2);
+      const uint2 h3 = column + 2 < end ? __ldg(m.tiles + tile + (column - begin) + 3) : h2;
       uint32_t patch = 0;
       if (h0.y + lane < h1.y && lane < 16) patch = __ldg(m.patches + h0.y + lane);
+      const int buffer = buffer_of(tiles_done);
       wait(arrived, tiles_done++ & 1);
-      spread_rest(h1.x - h0.x, codes, lane);
-      if (more && lane == 0) prefetch(m.stream + int64_t(h1.x) * kLanes, (h2.x - h1.x) * kLanes);
-      uint32_t position = own_codes - 4 * kLanes + 4 * 30;
+      if (kHeld > 1 && more) fetch_codes(h1.x, h2.x);
+      spread_rest(h1.x - h0.x, codes + buffer, lane);
+      if (kHeld == 1 && more && lane == 0) prefetch(m.stream + int64_t(h1.x) * kLanes, (h2.x - h1.x) * kLanes);
+      uint32_t position = own_codes + buffer * kLanes * 4 - 4 * kLanes + 4 * 30;
 #pragma unroll 1
       for (int four = 0; four < fours; four++, n++) {
-        wait_but<kChunks - 1>();
+        wait_but<kDepth - 1>();
         const uint4 both[2] = {load_four(low + chunk * kLow), load_four(low + chunk * kLow + kLow / 2)};
         const uint32_t sign = load_shared(signs + chunk * kSigns);
         uint32_t found[4][2];
@@ -315,8 +326,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       }
       __syncwarp();
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      if (more) fetch_codes(h1.x, h2.x);
-      wait_group<0>();
+      if (kHeld == 1 && more) fetch_codes(h1.x, h2.x);
       for (uint32_t k = h0.y; k < h1.y; k += 16) {
         if (k != h0.y) patch = k + lane < h1.y && lane < 16 ? __ldg(m.patches + k + lane) : 0;
         uint32_t of[4], upper[4], lower[4];
@@ -346,6 +356,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
               rows[i][0] = *reinterpret_cast<const uint32_t*>(row);
             }
           }
+          if (first == 0) wait_group<0>();
 #pragma unroll
           for (int j = 0; j < kPart; j++) {
             constexpr uint32_t kHalves[] = {0x5410, 0x7632};
@@ -354,7 +365,8 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
           }
         }
       }
-      h0 = h1, h1 = h2;
+      wait_group<0>();
+      h0 = h1, h1 = h2, h2 = h3;
     }
     pass(after - end);
     if (row_of(item) < m.down()) {
@@ -399,10 +411,10 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
 
 }  // namespace tiled
 
-// Launch with 128 threads for each of up to kWideWarps / 4 (of 128 rows kWidestWarps / 4) warpgroups. Dynamic shared memory: tiled_shared
-// of tiled.cu, 128 code_rows(F) for each warp, kSlots (kWidestSlots) kSlot and for each warp kChunks (kLow + kSigns).
+// Launch with 128 threads for each of up to kWideWarps / 4 warpgroups. Dynamic shared memory: tiled_shared of tiled.cu, 128 kBuffers
+// code_rows(F) for each warp, kSlots times 128 rows, and for each warp kChunks (kLow + kSigns).
 #define TILED_WIDE(rows)                                                                                                       \
-  extern "C" __global__ void __launch_bounds__((rows > 64 ? tiled::kWidestWarps : tiled::kWideWarps) * tiled::kLanes, 1)       \
+  extern "C" __global__ void __launch_bounds__(tiled::kWideWarps<rows> * tiled::kLanes, 1)                                     \
   tiled_wide_##rows(const __grid_constant__ tiled::Matrix m, const __nv_bfloat16* x, const __nv_bfloat16* bias,                \
                     __nv_bfloat16* y, const __grid_constant__ tiled::Wide how) {                                               \
     tiled::wide<rows / 8>(m, x, bias, y, how);                                                                                 \

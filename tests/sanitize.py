@@ -38,7 +38,7 @@ def main() -> int:
         # As of many rows: two fours of rows of tiles a thread block, one of all, by columns, in a round with others or of its own.
         for batch, warps in ((64, 8), (64, 12), (128, 8), (128, 12)) if tiled_gpu._kernels(0).wide else ():
             x, pieces = normal(batch, shape[1], seed=batch, device="cuda"), min(3, -(-shape[1] // (16 * weight.fragments)))
-            shared = 4 * 32 * batch * tiled_gpu.WIDE[batch][0] + warps * tiled_gpu.CHUNKS * tiled_gpu.CHUNK_BYTES
+            shared = tiled_gpu.WIDE[batch].shared(batch, warps, weight.fragments)
             with patch.object(tiled_gpu, "plan_wide", return_value=tiled_gpu.WidePlan(batch, 3, warps, 1, 2, pieces, shared)):
                 for name, value in {"": 1.0, " with an infinity": float("inf")}.items():
                     x[0, 5] = value

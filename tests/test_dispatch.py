@@ -40,14 +40,19 @@ def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> No
     f = tile_fragments(columns)
     across, down = -(-columns // (16 * f)), -(-rows // 16)
     for batch in (2, 8, 9, 16, 17, 32, 33, 64, 65, 128):
-        slots, groups = tiled_gpu.WIDE[min(size for size in tiled_gpu.WIDE if size >= batch)][:2]
+        kernel_rows = min(size for size in tiled_gpu.WIDE if size >= batch)
+        kernel = tiled_gpu.WIDE[kernel_rows]
         wide = tiled_gpu.plan_wide(rows, columns, f, batch, processors, room)
-        each = 4 * 1152 + tiled_gpu.code_bytes(f)  # of a warp: low bytes and signs on their way, and codes
-        assert (wide is None) == (slots * 128 * min(size for size in tiled_gpu.WIDE if size >= batch) + 4 * each > room)
+        each = kernel.chunks * 1152 + kernel.buffers * tiled_gpu.code_bytes(
+            f
+        )  # of a warp: low bytes and signs on their way, and codes
+        assert (wide is None) == (kernel.slots * 128 * kernel_rows + 4 * each > room)
         if wide:
-            assert batch <= wide.kernel_rows and wide.warps in range(4, 4 * groups + 1, 4) and 1 <= wide.splits <= across
-            assert wide.blocks <= processors and wide.shared == slots * 128 * wide.kernel_rows + wide.warps * 4 * 1152
-            assert wide.shared + wide.warps * tiled_gpu.code_bytes(f) <= room
+            assert batch <= wide.kernel_rows and wide.warps in range(4, 4 * kernel.warpgroups + 1, 4) and 1 <= wide.splits <= across
+            assert wide.blocks <= processors and wide.kernel_rows == kernel_rows
+            assert (
+                wide.shared + wide.warps * tiled_gpu.code_bytes(f) == kernel.slots * 128 * kernel_rows + wide.warps * each <= room
+            )
             work = Counter(tile for block in range(wide.blocks) for tile in tiles_of(wide, block, -(-down // 4), across))
             assert work == Counter(itertools.product(range(-(-down // 4)), range(across)))
         if gpu == "small" or batch > tiled_gpu.MOST_ROWS:
@@ -80,10 +85,15 @@ def test_constants_of_the_kernels() -> None:
     constants = {name: int(value) for name, value in re.findall(r"\b(k[A-Z]\w+) = (\d+)[;,]", sources)}
     assert "kLow = 2 * kLanes * 16, kSigns = kLanes * 4;" in sources
     low, signs = 2 * constants["kLanes"] * 16, 4 * constants["kLanes"]
-    assert (constants["kChunks"], low + signs) == (tiled_gpu.CHUNKS, tiled_gpu.CHUNK_BYTES)
-    for rows, (slots, groups, *_) in tiled_gpu.WIDE.items():
-        names = ("kWidestSlots", "kWidestWarps") if rows > 64 else ("kSlots", "kWideWarps")
-        assert [constants[name] for name in names] == [slots, groups * tiled_gpu.WARPGROUP]
+    assert low + signs == tiled_gpu.CHUNK_BYTES
+    by_rows = {
+        name: tuple(map(int, values)) for name, *values in re.findall(r"\b(k\w+) = kRows > (\d+) \? (\d+) : (\d+);", sources)
+    }
+    for rows, (slots, chunks, buffers, groups, *_) in tiled_gpu.WIDE.items():
+        found = {name: many if rows > least else few for name, (least, many, few) in by_rows.items()}
+        warps = groups * tiled_gpu.WARPGROUP
+        assert found == {"kSlots": slots, "kChunks": chunks, "kBuffers": buffers, "kWideWarps": warps}
+        assert slots <= constants["kMostSlots"] and warps <= constants["kMostWideWarps"]
     assert constants["kMostSplits"] == tiled_gpu.MOST_SPLITS and constants["kMostWarps"] == tiled_gpu.MOST_WARPS
     assert constants["kProductWarps"] == tiled_gpu.PRODUCT_WARPS
     assert dispatch.PRODUCTS * max(tiled_gpu.WIDE) in dispatch.BUCKETS
@@ -197,9 +207,9 @@ def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder.launched.clear()
     with pytest.raises(ValueError, match="1 to 64 rows"):
         tiled_gpu.linear(torch.randn(65, 8192).bfloat16(), *place, bias, wgmma=False)
-    recorder.room = 94_000  # less than the rings of 64 rows take, but enough for a tile of x
-    tiled_gpu.linear(torch.randn(64, 8192).bfloat16(), *place, bias)
-    assert recorder.launched[0][0] == "tiled_products_64"
+    recorder.room = 50_000  # less than the rings of 16 rows take, but enough for a tile of x
+    tiled_gpu.linear(torch.randn(16, 8192).bfloat16(), *place, bias)
+    assert recorder.launched[0][0] == "tiled_products_16"
     with pytest.raises(ValueError, match="65 rows of x do not fit"):
         tiled_gpu.linear(torch.randn(65, 8192).bfloat16(), *place, bias)
     out = torch.empty(80, 8192).bfloat16()

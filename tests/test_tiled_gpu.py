@@ -175,9 +175,9 @@ def test_an_infinity_where_fours_are_dealt_in_pieces(batch: int, whole: int, mon
     weight = encode(weights)
     if kernels.wide:
         size = min(size for size in tiled_gpu.WIDE if size >= batch)
-        slots, most, *_ = tiled_gpu.WIDE[size]
-        warps = 4 * (most if whole == 1 else whole)
-        shared = slots * 4 * 32 * size + warps * tiled_gpu.CHUNKS * tiled_gpu.CHUNK_BYTES
+        kernel = tiled_gpu.WIDE[size]
+        warps = 4 * (kernel.warpgroups if whole == 1 else whole)
+        shared = kernel.shared(size, warps, weight.fragments)
         how = tiled_gpu.WidePlan(size, blocks, warps, 1, whole, 2, shared)
         monkeypatch.setattr(tiled_gpu, "plan_wide", lambda *arguments: how)
     y, expected = weight.linear(x).float(), x.float() @ weights.float().T
