@@ -7,6 +7,9 @@ NEEDED_GB := 5
 
 KERNELS := $(basename $(notdir $(wildcard kernels/*.cu)))
 ARCHS := sm_80 sm_90
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=tiled_ --error-exitcode 1
+SANITIZED := $(foreach tool,memcheck racecheck,sanitize-bench-$(tool)) \
+  $(foreach tool,memcheck synccheck racecheck,sanitize-tiled-$(tool) sanitize-tiled-$(tool)-overlap)
 
 .PHONY: help run test coverage lint figures notebooks paper kernels gpu-test clean
 
@@ -47,13 +50,17 @@ kernels:  ## compile every kernel (needs nvcc, no GPU)
 
 gpu-test:  ## the tests that need a GPU, then compute-sanitizer (in an environment that has torch with CUDA and pycuda)
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_tiled_gpu.py tests/test_models_gpu.py -m "gpu or gpu2"
+	@$(MAKE) --no-print-directory --output-sync=target --jobs=8 $(SANITIZED)
+
+sanitize-bench-%:
 	@dir=$$(mktemp -d) && nvcc -O3 -std=c++17 -lineinfo -arch=native -o $$dir/bench kernels/bench.cu && \
-	  for tool in memcheck racecheck; do echo "compute-sanitizer $$tool"; \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $$dir/bench --check > $$dir/log || { cat $$dir/log; exit 1; }; \
-	    tail -1 $$dir/log; done
-	@for tool in memcheck synccheck racecheck; do for how in "" --overlap; do echo "compute-sanitizer $$tool, the tiled layout $$how"; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=tiled_ --error-exitcode 1 \
-	    $(PYTHON) -m tests.sanitize $$how || exit 1; done; done
+	  echo "compute-sanitizer $*" && compute-sanitizer --tool $* --error-exitcode 1 $$dir/bench --check
+
+sanitize-tiled-%-overlap:  # each kernel may begin while the one before it ends
+	@echo "compute-sanitizer $*, the tiled layout, overlapping" && $(SANITIZE) --tool $* $(PYTHON) -m tests.sanitize --overlap
+
+sanitize-tiled-%:
+	@echo "compute-sanitizer $*, the tiled layout" && $(SANITIZE) --tool $* $(PYTHON) -m tests.sanitize
 
 clean:  ## remove the virtual environment and unpromoted runs
 	rm -rf .venv results/runs

@@ -291,10 +291,11 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       h0 = __ldg(m.tiles + tile), h1 = __ldg(m.tiles + tile + 1);
       fetch_codes(h0.x, h1.x);
     }
-    uint2 h2 = begin + 1 < end ? __ldg(m.tiles + tile + 2) : h1;
+    uint2 h2 = kHeld > 1 && begin + 1 < end ? __ldg(m.tiles + tile + 2) : h1;
     for (int column = begin; column < end; column++) {
       const bool more = column + 1 < end;
-      const uint2 h3 = column + 2 < end ? __ldg(m.tiles + tile + (column - begin) + 3) : h2;
+      if (kHeld == 1 && more) h2 = __ldg(m.tiles + tile + (column - begin) + 2);
+      const uint2 h3 = kHeld > 1 && column + 2 < end ? __ldg(m.tiles + tile + (column - begin) + 3) : h2;
       uint32_t patch = 0;
       if (h0.y + lane < h1.y && lane < 16) patch = __ldg(m.patches + h0.y + lane);
       const int buffer = buffer_of(tiles_done);
@@ -327,6 +328,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       __syncwarp();
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       if (kHeld == 1 && more) fetch_codes(h1.x, h2.x);
+      wait_group<0>();  // not among the escapes: all four warps must come to it alike
       for (uint32_t k = h0.y; k < h1.y; k += 16) {
         if (k != h0.y) patch = k + lane < h1.y && lane < 16 ? __ldg(m.patches + k + lane) : 0;
         uint32_t of[4], upper[4], lower[4];
@@ -356,7 +358,6 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
               rows[i][0] = *reinterpret_cast<const uint32_t*>(row);
             }
           }
-          if (first == 0) wait_group<0>();
 #pragma unroll
           for (int j = 0; j < kPart; j++) {
             constexpr uint32_t kHalves[] = {0x5410, 0x7632};
@@ -365,7 +366,6 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
           }
         }
       }
-      wait_group<0>();
       h0 = h1, h1 = h2, h2 = h3;
     }
     pass(after - end);
