@@ -300,6 +300,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
       if (h0.y + lane < h1.y && lane < 16) patch = __ldg(m.patches + h0.y + lane);
       const int buffer = buffer_of(tiles_done);
       wait(arrived, tiles_done++ & 1);
+      __syncwarp();  // the barrier has a phase to begin when all have seen the last
       if (kHeld > 1 && more) fetch_codes(h1.x, h2.x);
       spread_rest(h1.x - h0.x, codes + buffer, lane);
       if (kHeld == 1 && more && lane == 0) prefetch(m.stream + int64_t(h1.x) * kLanes, (h2.x - h1.x) * kLanes);
