@@ -51,7 +51,7 @@ kernels:  ## compile every kernel (needs nvcc, no GPU)
 
 gpu-test:  ## the tests that need a GPU, then compute-sanitizer (in an environment that has torch with CUDA and pycuda)
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_tiled_gpu.py tests/test_models_gpu.py -m "gpu or gpu2"
-	@$(MAKE) --no-print-directory --output-sync=target --jobs=8 $(SANITIZED)
+	@$(MAKE) --no-print-directory --output-sync=target --keep-going --jobs=8 $(SANITIZED)
 
 sanitize-bench-%:
 	@dir=$$(mktemp -d) && nvcc -O3 -std=c++17 -lineinfo -arch=native -o $$dir/bench kernels/bench.cu && \

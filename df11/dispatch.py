@@ -21,7 +21,8 @@ from torch.nn.functional import linear as dense_linear
 
 from df11 import gpu, tiled_gpu
 from df11.sources.cache import default_cache
-from df11.tiled_ops import ARRAYS, MOST_ROWS, TiledWeight
+from df11.tiled_gpu import MOST_ROWS
+from df11.tiled_ops import ARRAYS, TiledWeight
 
 REPEATS = 5
 FLUSHES, MOST_FLUSHES = 20, 640  # some 1.6 and 50 ms

@@ -24,7 +24,7 @@ MOST_X_TWICE = 12 * 1024  # bytes: to bring more to each of two thread blocks a 
 RESERVED = 1024  # bytes of each thread block's shared memory, which the system keeps
 # tiled_products_...: the most rows of x, the warps that registers allow, and those that keep memory busy.
 PRODUCTS = {8: (28, 20), 16: (24, 20), 32: (16, 16), 64: (16, 16)}
-MOST_ROWS = max(PRODUCTS)
+MOST_ROWS = max(PRODUCTS)  # of x by mma.sync
 MOST_SPLITS = 8
 # What plan_rows assumes, in tiles or bytes a tile (of the 0.4 us in which every multiprocessor of an H200 reads one).
 STAGE, STAGE_BYTES = 1.5, 44_000

@@ -24,7 +24,6 @@ from df11.formats.tiled import Tiled, TiledMatrix, TiledUnit
 from df11.formats.tiled_code import TiledCode, make_code
 from df11.formats.tiled_encoder import encode, histogram
 
-MOST_ROWS = tiled_gpu.MOST_ROWS  # of x
 ARRAYS = tuple(tiled_gpu.RULES)
 TILE_ROWS = tiled_gpu.TILE_ROWS
 _MATRIX = "Tensor[] arrays, int uppers"

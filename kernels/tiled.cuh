@@ -29,8 +29,8 @@ struct Matrix {
   __device__ __forceinline__ int down() const { return (rows + kTileRows - 1) / kTileRows; }
 };
 
-// Shared memory: this, from an address that is a multiple of 16 KB on; then for each warp the codes of a tile, in rows of a word a
-// lane; then x.
+// Shared memory: this, from an address that is a multiple of 16 KB on; then for each warp the codes of a tile (of two in
+// tiled_wgmma.cu up to 64 rows), in rows of a word a lane; then x.
 struct Shared {
   uint32_t table[kTable];  // first: the row before the codes is read too, and not used
   float sums[kMostWarps][2][kTileRows];  // of the first and of the last row of tiles that a warp has a part of

@@ -4,14 +4,14 @@
 //
 // Four warps, a warpgroup, have four rows of tiles: the 64 rows of a wgmma. Each decodes its own as for mma.sync, four fragments at a
 // time, while those before are multiplied. x, which a kernel before this one has packed, is read from shared memory once for all four;
-// bulk copies bring it there, through a ring that all warps of a block go around together. Codes come by bulk copies too, those of the
-// next tile while this one is decoded; low bytes through a ring of each warp. Sums of several thread blocks are added by tiled_add_up.
+// bulk copies bring it there, through a ring that all warps of a block go around together. Codes come by bulk copies too, up to
+// 64 rows those of the next tile while this one is decoded; low bytes through a ring of each warp. Sums of several thread blocks are added by tiled_add_up.
 #include "tiled.cuh"
 
 namespace tiled {
 
 constexpr int kGroup = 4;       // warps
-// By rows of x. Sums of 128 take 64 registers, and their x most of shared memory: fewer warps, the codes of one tile each.
+// By rows of x. Sums of 128 take 64 registers, so there are fewer warps; they were faster with the codes of one tile each.
 template <int kRows>
 constexpr int kWideWarps = kRows > 64 ? 12 : 16;  // at most
 template <int kRows>
@@ -275,6 +275,7 @@ __device__ __forceinline__ void wide(const Matrix& m, const __nv_bfloat16* x, co
     for (const uint32_t until = n + columns * fours; n < until; n++) {
       release();
       wait(full + 8 * (n % kRing), n / kRing & 1);
+      __syncwarp();  // or a lane behind might find the slot in a later phase
     }
   };
   for (int item = member; item - member < items; item += abreast) {

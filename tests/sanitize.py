@@ -13,13 +13,16 @@ from df11 import tiled_gpu
 from df11.tiled_ops import TiledWeight
 from tests.helpers import normal, same_bits
 
+SHAPES = ((400, 128), (400, 4096), (333, 576))
+PIECES = ((16, 16), (32, 12), (64, 8), (64, 12), (128, 8), (128, 12))  # rows of x, warps
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--overlap", action="store_true")
     tiled_gpu._kernels(0).overlap &= parser.parse_args().overlap
     wrong = []
-    for shape in ((400, 128), (400, 4096), (333, 576)):
+    for shape in SHAPES:
         weights = normal(*shape, device="cuda")
         weights[shape[0] // 2, ::37], weights[9] = 7.0, 1e-30  # escaped
         weight = TiledWeight.encode(weights)
@@ -32,7 +35,7 @@ def main() -> int:
         # As of larger matrices: several tiles in a row; two fours of rows of tiles a thread block, and one of all, by columns, in a
         # round with others or in one of its own.
         pieces = min(3, -(-shape[1] // (16 * weight.fragments)))
-        for batch, warps in ((16, 16), (32, 16), (64, 8), (64, 12), (128, 8), (128, 12)) if tiled_gpu._kernels(0).wide else ():
+        for batch, warps in PIECES if tiled_gpu._kernels(0).wide else ():
             shared = tiled_gpu.WIDE[batch].shared(batch, warps, weight.fragments)
             with patch.object(tiled_gpu, "plan_wide", return_value=tiled_gpu.WidePlan(batch, 3, warps, 1, 2, pieces, shared)):
                 found |= products(f"{batch} rows by {warps} warps in pieces", weight, weights, batch)

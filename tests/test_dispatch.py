@@ -18,6 +18,7 @@ import torch
 from df11 import dispatch, driver, gpu, tiled_gpu
 from df11.formats.tiled import tile_fragments
 from df11.tiled_ops import TiledWeight
+from tests import sanitize
 
 ROOM = {"H100": (132, 196_608), "A100": (108, 131_000), "small": (20, 64_000)}  # multiprocessors, shared memory for codes and x
 SHAPES = [
@@ -99,6 +100,11 @@ def test_constants_of_the_kernels() -> None:
     assert dispatch.PRODUCTS * max(tiled_gpu.WIDE) in dispatch.BUCKETS
     for name, sizes in {"PRODUCTS": tiled_gpu.PRODUCTS, "WIDE": tiled_gpu.WIDE}.items():
         assert [int(size) for size in re.findall(rf"^TILED_{name}\((\d+)", sources, re.M)] == list(sizes)
+
+
+def test_what_sanitizers_run_fits() -> None:
+    for f, (rows, warps) in itertools.product([tile_fragments(columns) for _, columns in sanitize.SHAPES], sanitize.PIECES):
+        assert tiled_gpu.WIDE[rows].shared(rows, warps, f) + warps * tiled_gpu.code_bytes(f) <= ROOM["H100"][1], (f, rows, warps)
 
 
 def test_an_entry_of_the_cache_for_each_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
