@@ -44,16 +44,14 @@ def test_plans_fit_and_leave_nothing_out(gpu: str, shape: tuple[int, int]) -> No
         kernel_rows = min(size for size in tiled_gpu.WIDE if size >= batch)
         kernel = tiled_gpu.WIDE[kernel_rows]
         wide = tiled_gpu.plan_wide(rows, columns, f, batch, processors, room)
-        each = kernel.chunks * 1152 + kernel.buffers * tiled_gpu.code_bytes(
-            f
-        )  # of a warp: low bytes and signs on their way, and codes
+        # Of a warp: low bytes and signs on their way, and codes.
+        each = kernel.chunks * 1152 + kernel.buffers * tiled_gpu.code_bytes(f)
         assert (wide is None) == (kernel.slots * 128 * kernel_rows + 4 * each > room)
         if wide:
             assert batch <= wide.kernel_rows and wide.warps in range(4, 4 * kernel.warpgroups + 1, 4) and 1 <= wide.splits <= across
             assert wide.blocks <= processors and wide.kernel_rows == kernel_rows
-            assert (
-                wide.shared + wide.warps * tiled_gpu.code_bytes(f) == kernel.slots * 128 * kernel_rows + wide.warps * each <= room
-            )
+            shared = wide.shared + wide.warps * tiled_gpu.code_bytes(f)
+            assert shared == kernel.slots * 128 * kernel_rows + wide.warps * each <= room
             work = Counter(tile for block in range(wide.blocks) for tile in tiles_of(wide, block, -(-down // 4), across))
             assert work == Counter(itertools.product(range(-(-down // 4)), range(across)))
         if gpu == "small" or batch > tiled_gpu.MOST_ROWS:
