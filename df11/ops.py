@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from df11 import bits, gpu
+from df11.dispatch import linear as linear  # the product with a matrix in the tiled layout
 from df11.formats import dfloat11
 from df11.formats.dfloat11 import DFloat11, DFloat11Unit, raw_unit
 

@@ -13,6 +13,8 @@ import torch
 from df11 import gpu, nvcomp, ops, released
 from df11.formats import FormatError
 from df11.formats.dfloat11 import DFloat11
+from df11.tiled_ops import TiledWeight
+from tests.helpers import normal, same_bits
 
 FORMAT = DFloat11(threads=1)
 
@@ -52,6 +54,13 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.slow
+def test_the_product_of_the_tiled_layout_is_here_too() -> None:
+    weights, x = normal(64, 512), normal(3, 512, seed=1)
+    weight = TiledWeight.encode(weights)
+    assert weight is not None
+    assert same_bits(ops.linear(weight, x), torch.nn.functional.linear(x, weights))
+
+
 def test_torch_compile_keeps_the_operator() -> None:
     weights = torch.randn(500).bfloat16()
     unit, out = ops.encode([weights]), torch.zeros_like(weights)
