@@ -27,7 +27,7 @@ from df11.tiled_ops import ARRAYS, TiledWeight
 REPEATS = 5
 FLUSHES, MOST_FLUSHES = 20, 640  # some 1.6 and 50 ms
 MOST_COPIES = 8
-PRODUCTS = 2  # of so many rows of x as one takes
+MOST_PRODUCTS = 2  # each of so many rows of x as one takes
 MOST_SLICED = 128  # rows of x; with more the products of slices were up to a third slower than those of all weights
 # Rows of x that are timed, more are as the last. Beyond those of a product it matters how many are left for the second.
 BUCKETS = (1, *tiled_gpu.PRODUCTS, *(MOST_ROWS + size for size in tiled_gpu.PRODUCTS), 144, 160, 192, 256, 512, 2048)
@@ -107,9 +107,9 @@ def choose(weight: TiledWeight, x: torch.Tensor, ways: Ways) -> str:
     if key not in table:
         in_fours = batch == 1 or weight.shape[1] % 4 == 0
         shape, index = (*weight.shape, weight.fragments), x.device.index
-        most = MOST_ROWS if batch <= MOST_ROWS else tiled_gpu.most_rows(index)
+        most = most_rows(x.device)
         parts = (batch,) if batch <= most else (most, 1)  # of others in the bucket too
-        fuses = batch <= PRODUCTS * most and in_fours and all(tiled_gpu.fits(*shape, rows, index) for rows in parts)
+        fuses = batch <= MOST_PRODUCTS * most and in_fours and all(tiled_gpu.fits(*shape, rows, index) for rows in parts)
         if torch.cuda.is_current_stream_capturing():
             return "fused" if fuses and batch <= most else "decompress"
         mma = in_fours and tiled_gpu.has_both(batch, index) and tiled_gpu.fits(*shape, batch, index, wgmma=False)

@@ -108,7 +108,7 @@ def measure(cfg: Config, matrix: Matrix, batch_size: int) -> Iterator[dict[str, 
     weights, tiled, dense, packed, count = matrix.weights, matrix.tiled, matrix.dense, matrix.packed, matrix.count
     rows, columns = weights.shape
     x, half = normal(cfg, 1, batch_size, columns), count // 2
-    fuses = batch_size <= dispatch.PRODUCTS * dispatch.most_rows(x.device)
+    fuses = batch_size <= dispatch.MOST_PRODUCTS * dispatch.most_rows(x.device)
     if tiled:
         bits = 8 * tiled.nbytes / weights.numel()
         yield {"codec": "tiled", "metric": "bits_per_weight", "value": bits, "unit": "bits"}

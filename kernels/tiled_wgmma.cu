@@ -5,7 +5,8 @@
 // Four warps, a warpgroup, have four rows of tiles: the 64 rows of a wgmma. Each decodes its own as for mma.sync, four fragments at a
 // time, while those before are multiplied. x, which a kernel before this one has packed, is read from shared memory once for all four;
 // bulk copies bring it there, through a ring that all warps of a block go around together. Codes come by bulk copies too, up to
-// 64 rows those of the next tile while this one is decoded; low bytes through a ring of each warp. Sums of several thread blocks are added by tiled_add_up.
+// 64 rows those of the next tile while this one is decoded; low bytes through a ring of each warp. Sums of several thread blocks are
+// added by tiled_add_up.
 #include "tiled.cuh"
 
 namespace tiled {

@@ -95,7 +95,7 @@ def test_constants_of_the_kernels() -> None:
         assert slots <= constants["kMostSlots"] and warps <= constants["kMostWideWarps"]
     assert constants["kMostSplits"] == tiled_gpu.MOST_SPLITS and constants["kMostWarps"] == tiled_gpu.MOST_WARPS
     assert constants["kProductWarps"] == tiled_gpu.PRODUCT_WARPS
-    assert dispatch.PRODUCTS * max(tiled_gpu.WIDE) in dispatch.BUCKETS
+    assert dispatch.MOST_PRODUCTS * max(tiled_gpu.WIDE) in dispatch.BUCKETS
     for name, sizes in {"PRODUCTS": tiled_gpu.PRODUCTS, "WIDE": tiled_gpu.WIDE}.items():
         assert [int(size) for size in re.findall(rf"^TILED_{name}\((\d+)", sources, re.M)] == list(sizes)
 
@@ -302,6 +302,7 @@ def test_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A table as it would be for a GPU.
     ways: dispatch.Ways = {"fused": lambda weight: torch.zeros(1), "decompress": lambda weight: torch.zeros(2)}
     monkeypatch.setattr(tiled_gpu, "has_both", lambda batch, index: False)
+    monkeypatch.setattr(tiled_gpu, "most_rows", lambda index: 64)
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "deep" / "table.json"))
     monkeypatch.setattr(dispatch, "_seconds", lambda way, weight, device: float(way(weight).numel()))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: True)
@@ -352,22 +353,7 @@ def test_ways_by_rows_of_x(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows
     fits = [(*product, True) for product in products]
     assert asked == ([*fits, *fits, *[(*products[0], False)] * both] if rows <= 2 * most else [])
     ((key, times),) = json.loads((tmp_path / "table.json").read_text()).items()
-    sizes = {
-        1: 1,
-        8: 8,
-        9: 16,
-        16: 16,
-        17: 32,
-        64: 64,
-        65: 72,
-        128: 128,
-        129: 144,
-        150: 160,
-        256: 256,
-        257: 512,
-        600: 2048,
-        5000: 2048,
-    }
+    sizes = {9: 16, 17: 32, 65: 72, 129: 144, 150: 160, 257: 512, 600: 2048, 5000: 2048}  # others are their own
     assert key == f"256 x 512, {sizes.get(rows, rows)}"
     assert set(times) == {"decompress", *["fused"] * (rows <= 2 * most), *["mma"] * both, *["sliced"] * (rows <= 128)}
     monkeypatch.setattr(dispatch, "_default_file", lambda index: "not asked")
@@ -411,6 +397,7 @@ def test_ways_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     x.numel = lambda: 512
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
     monkeypatch.setattr(tiled_gpu, "fits", lambda *arguments: room == "none to measure")
+    monkeypatch.setattr(tiled_gpu, "most_rows", lambda index: 64)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(dispatch, "_seconds", full)
     ways: dispatch.Ways = {"fused": lambda weight: torch.zeros(1), "decompress": lambda weight: torch.zeros(2)}
