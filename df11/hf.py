@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from df11 import released_checkpoint
 from df11.checkpoint import MODES, QUANT_METHOD, REMOTE, VERSION, CheckpointError
 from df11.fused import fuse_, is_fused
-from df11.modules import PARTS, compress_, compress_own_, compressed_parameters, prepare, share, tie
+from df11.modules import PARTS, compress_, compress_own_, compressed_parameters, is_compressed, prepare, share, tie
 from df11.runtime import attach
 from df11.sources.files import SafetensorsSource
 from df11.sources.model import SourceError, TensorInfo
@@ -126,6 +126,7 @@ class DF11Quantizer(HfQuantizer):
 
     quantization_config: DF11Config
     _released: _Released | None = None
+    _compiles = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("dtype") not in (None, "auto", torch.bfloat16):
@@ -189,7 +190,13 @@ class DF11Quantizer(HfQuantizer):
             del model.config.auto_map
         if self.quantization_config.mode == "fused":
             fuse_(model)
+            self._compiles = not is_compressed(model)
         attach(model, self.quantization_config.granularity)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` compiles a step when its cache is static: not where hooks decompress weights."""
+        return self._compiles
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return self.quantization_config.mode == "exact"  # the tiled layout is not stored: save the model of mode=exact

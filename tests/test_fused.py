@@ -4,6 +4,7 @@ import copy
 import pickle
 import weakref
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -288,6 +289,22 @@ def test_a_step_is_compiled_whole(tmp_path: Path) -> None:
     step = torch.compile(lambda ids: model(ids, use_cache=False).logits, backend="aot_eager", fullgraph=True)
     assert same_bits(step(IDS[:, :1]), expected)
     assert same_bits(model(IDS[:, :1], use_cache=False).logits, expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mode", ["exact", "fused"])
+def test_generate_compiles_a_step(tmp_path: Path, mode: Literal["exact", "fused"]) -> None:
+    """Of mode=fused, as it would of the original model: with a static cache, by itself on a GPU."""
+    config = hf.DF11Config(mode=mode)
+    model = AutoModelForCausalLM.from_pretrained(build(tmp_path / "original"), dtype=torch.bfloat16, quantization_config=config)
+    asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    expected = model.generate(IDS, **asked, disable_compile=True)
+    how = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    how._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(model.generate(IDS, **asked, compile_config=how), expected)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (mode == "fused")
 
 
 @torch.inference_mode()

@@ -98,6 +98,30 @@ def test_a_compiled_fused_model_gives_the_same_bits(llama: tuple[Path, Path]) ->
             assert same_bits(compiled(ids.cuda(), use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("batch", [1, 9])
+def test_generate_with_a_static_cache(llama: tuple[Path, Path], batch: int) -> None:
+    """transformers then compiles a step and captures it in a CUDA graph: where inductor rounds nothing in between, the same ids."""
+    import transformers
+
+    from df11 import hf
+
+    config = hf.DF11Config(mode="fused")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama[0], device_map="cuda", quantization_config=config)
+    ids = torch.arange(3, 3 + 10 * batch, device="cuda").view(batch, 10)
+    asked: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    asked |= {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **asked, disable_compile=True)
+    eager = transformers.CompileConfig(backend="aot_eager", mode=None)
+    assert torch.equal(model.generate(ids, **asked, compile_config=eager).sequences, expected.sequences)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = model.generate(ids, **asked)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    # The second token is the first that is compiled; later ones need not follow the same ids.
+    first, wanted = found.logits[1].float(), expected.logits[1].float()
+    assert found.sequences.shape == expected.sequences.shape and (first - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_a_compressed_checkpoint_is_transcoded_on_the_gpu(llama: tuple[Path, Path]) -> None:
     """To what an original becomes, bit for bit. 1, 8, 20 and 100 rows: fused products of each kind, and decompression."""
     from df11 import hf
