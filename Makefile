@@ -7,8 +7,8 @@ NEEDED_GB := 5
 
 KERNELS := $(basename $(notdir $(wildcard kernels/*.cu)))
 ARCHS := sm_80 sm_90
-# Barriers of a thread block: what the tool finds by itself is too few, and then it reports a launch failure.
-SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=tiled_ --num-cuda-barriers 64 --error-exitcode 1
+# Barriers that are tracked: what the tool finds by itself, and 64 too, are too few, and then it reports a launch failure.
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=tiled_ --num-cuda-barriers 1024 --error-exitcode 1
 SANITIZED := $(foreach tool,memcheck racecheck,sanitize-bench-$(tool)) \
   $(foreach tool,memcheck synccheck racecheck,sanitize-tiled-$(tool) sanitize-tiled-$(tool)-overlap)
 
