@@ -22,23 +22,25 @@ CURVES = {("tiled", "dispatch"): "-", ("tiled", "exact"): "--"}  # codec, mode (
 
 
 def draw(results: Path) -> Figure:
+    """A row a GPU."""
     rows = load(results, "linear").astype({"rows": int, "columns": int, "batch_size": int})
-    gpu = rows["gpu"].iloc[-1]  # the one measured last
-    rows = rows[(rows["gpu"] == gpu) & (rows["codec"] != "bf16") & ~rows["kernel"].isin(["mma", "sliced"])]
+    rows = rows[(rows["codec"] != "bf16") & ~rows["kernel"].isin(["mma", "sliced"])]
     rows["mode"] = rows["mode"].where(rows["kernel"] != "dispatch", "dispatch")
+    several, gpus = rows["batch_size"].nunique() > 1, rows["gpu"].unique()
+    tallest = max(len(own[["rows", "columns"]].drop_duplicates()) for _, own in rows.groupby("gpu"))
+    size = 6.0 + 4.0 * several, max(3.0, 1.3 + 0.3 * tallest) * len(gpus)
+    figure, axes = plt.subplots(len(gpus), 1 + several, figsize=size, squeeze=False)
     key = ["rows", "columns", "batch_size"]
-    speedup = one(rows, metric="speedup_vs_cublas").set_index(["codec", "mode", *key])["value"].sort_index()
-    bits = one(rows, metric="bits_per_weight", codec="tiled").set_index(key)["value"]
-    shapes = sorted({(r, c) for r, c, _ in bits.index}, key=math.prod)
-    several = rows["batch_size"].nunique() > 1
-    height = max(3.0, 1.3 + 0.3 * len(shapes))
-    figure, axes = plt.subplots(1, 1 + several, figsize=(6.0 + 4.0 * several, height), squeeze=False)
-    bars(axes[0, 0], speedup, bits, shapes)
-    axes[0, 0].set_title("Batch 1, numbers: bits a weight", fontsize=8)
-    if several:
-        curves(axes[0, 1], speedup, shapes)
-    where = gpu if gpu != "-" else "CPU"
-    figure.suptitle(f"Linear layers with compressed weights\n{where}, synthetic weights", fontsize=9, x=0, ha="left")
+    for (left, *right), gpu in zip(axes, gpus, strict=True):
+        own = rows[rows["gpu"] == gpu]
+        speedup = one(own, metric="speedup_vs_cublas").set_index(["codec", "mode", *key])["value"].sort_index()
+        bits = one(own, metric="bits_per_weight", codec="tiled").set_index(key)["value"]
+        shapes = sorted({(r, c) for r, c, _ in bits.index}, key=math.prod)
+        bars(left, speedup, bits, shapes)
+        left.set_title(f"{gpu if gpu != '-' else 'CPU'}\nBatch 1, numbers: bits a weight", fontsize=8)
+        for axis in right:
+            curves(axis, speedup, shapes)
+    figure.suptitle("Linear layers with compressed weights, synthetic", fontsize=9, x=0, ha="left")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=7)
     return figure
 

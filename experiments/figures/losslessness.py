@@ -58,8 +58,8 @@ def counted(rows: pd.DataFrame) -> pd.DataFrame:
 def scored(rows: pd.DataFrame) -> pd.DataFrame:
     own = rows[rows["metric"].isin(SCORES) & (rows["phase"] == "lm_eval")]
     own = own.assign(task=own["task"].str.removesuffix("_fixture").str.replace("_", "\n"))
-    wide = own.pivot_table(index=["model", "codec"], columns="task", values="value", sort=False)
-    wide.index = [f"{model}, {STORED[codec]}" for model, codec in wide.index]
+    wide = own.pivot_table(index=["model", "gpu", "codec"], columns="task", values="value", sort=False)
+    wide.index = [f"{model}, {STORED[codec]}, {gpu if gpu != '-' else 'CPU'}" for model, gpu, codec in wide.index]
     return wide.map(lambda v: f"{v:.4g}")
 
 
