@@ -180,16 +180,7 @@ def claims_of_the_readme() -> Iterator[str]:
     yield f"(of the much smaller blocks of SmolLM2 {cpu[SMOLLM2, '1']:.0f} and {cpu[SMOLLM2, '2']:.0f}:"
     yield f"| encoding the same block on an H200 | {encode['gpu', LLAMA, '-'] / 1000:.0f} GB/s,"
 
-    budget = (
-        rows("offload", metric="tokens_per_s")
-        .groupby("model")["memory_mib"]
-        .unique()
-        .explode()
-        .astype(int)
-        .div(1024)
-        .round()
-        .astype(int)
-    )
+    budget = rows("offload").groupby("model")["memory_mib"].first().astype(int).div(1024).round().astype(int)
     sizes = [budget[model] for model in (LLAMA, *OTHERS, QWQ)]
     yield "Llama 3.1 8B in {} GiB, Qwen3 14B in {}, Mistral Small 24B in {}, QwQ 32B in {} | ".format(*sizes)
     claims = pd.read_csv(ROOT / "results" / "paper" / "headlines.csv", index_col="claim")["v3"]
@@ -221,9 +212,8 @@ def claims_of_the_readme() -> Iterator[str]:
     ratios = {batch: own / bf16 for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) for own, bf16 in [fused(batch, H100)]}
     assert max(list(ratios.values())[:7]) < 0.98 and min(list(ratios.values())[7:]) > 1.02
     yield "In a CUDA graph faster than BF16 up to batch 64, slower from 128 on, both uncompiled"
-    ms = [
-        step(codec, 1, "eager", 32, variant=variant) for codec, variant in (("tiled", "-"), ("bf16", "plain"), ("bf16", "merged"))
-    ]
+    variants = (("tiled", "-"), ("bf16", "plain"), ("bf16", "merged"))
+    ms = [step(codec, 1, "eager", 32, variant=variant) for codec, variant in variants]
     said = "takes {:.1f} ms on an H200's host (BF16 {:.1f}, with merged projections {:.1f})"
     yield "Launched eagerly a step of Llama 3.1 8B at batch 1 " + said.format(*ms)
     axes = ["model", "batch_size", "warmup_tokens", "codec"]
