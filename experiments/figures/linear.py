@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.figures.index import measured_on
 from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, load, one, powers_of_two
 
 BARS = {  # codec, mode: label, colour
@@ -29,7 +30,7 @@ def draw(results: Path) -> Figure:
     several, gpus = rows["batch_size"].nunique() > 1, rows["gpu"].unique()
     tallest = max(len(own[["rows", "columns"]].drop_duplicates()) for _, own in rows.groupby("gpu"))
     size = 6.0 + 4.0 * several, max(3.0, 1.3 + 0.3 * tallest) * len(gpus)
-    figure, axes = plt.subplots(len(gpus), 1 + several, figsize=size, squeeze=False)
+    figure, axes = plt.subplots(len(gpus), 1 + several, figsize=size, sharex="col", squeeze=False)
     key = ["rows", "columns", "batch_size"]
     for (left, *right), gpu in zip(axes, gpus, strict=True):
         own = rows[rows["gpu"] == gpu]
@@ -40,7 +41,13 @@ def draw(results: Path) -> Figure:
         left.set_title(f"{gpu if gpu != '-' else 'CPU'}\nBatch 1, numbers: bits a weight", fontsize=8)
         for axis in right:
             curves(axis, speedup, shapes)
-    figure.suptitle("Linear layers with compressed weights, synthetic", fontsize=9, x=0, ha="left")
+        for axis in (left, *right):
+            axis.tick_params(labelbottom=True)
+    if several:
+        for axis in axes[:, 1]:
+            axis.set_ylim(min(a.get_ylim()[0] for a in axes[:, 1]), max(a.get_ylim()[1] for a in axes[:, 1]))
+    commits = measured_on(results, "linear")
+    figure.suptitle(f"Linear layers with compressed weights, synthetic\n{commits}", fontsize=9, x=0, ha="left")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=7)
     return figure
 

@@ -30,7 +30,7 @@ def draw(results: Path) -> Figure:
     paper.index = [", ".join(key) for key in paper.index]
     tables = {
         "Differ, of so many compared": counts,
-        "Scores on small local fixtures (they say nothing about a model; that they are equal does)": scores,
+        "Scores on small local fixtures (they say nothing about a model; that a GPU's are equal does)": scores,
         "Published, trained weights": paper,
     }
     tables = {title: table for title, table in tables.items() if len(table)}

@@ -26,7 +26,7 @@ def draw(results: Path) -> Figure:
     rows = rows.astype({"batch_size": int, "tokens": int})
     key = ["model", "weights", "gpu", "memory_mib", "codec", "placement", "metric", "tokens", "batch_size"]
     median = rows.groupby(key)["value"].median()
-    paper = published(results, "offload")
+    paper, short = published(results, "offload"), rows["tokens"].min()
     panels = list(dict.fromkeys(zip(*(rows[c] for c in key[:4]), strict=True)))
     papers = list(dict.fromkeys(zip(paper["model"], paper["gpu"], strict=True)))
     across = max(len(panels), len(papers))
@@ -38,7 +38,6 @@ def draw(results: Path) -> Figure:
                 if (*panel, codec, placement) not in median.index.droplevel(["metric", "tokens", "batch_size"]):
                     continue
                 curves = median[(*panel, codec, placement, metric)]
-                short = min(median[panel].index.get_level_values("tokens"))
                 for tokens, curve in curves.groupby(level="tokens"):
                     curve = curve.droplevel("tokens")
                     if tokens == short:
@@ -64,7 +63,7 @@ def draw(results: Path) -> Figure:
     for row, used in enumerate((panels, panels, papers, papers)):
         for axis in axes[row][len(used) :]:
             axis.set_axis_off()
-    figure.legend(list(named.values()), list(named), fontsize=7, ncols=2, loc="outside lower center")
+    figure.legend(list(named.values()), list(named), fontsize=7, ncols=2, handlelength=3.5, loc="outside lower center")
     return figure
 
 

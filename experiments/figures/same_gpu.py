@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from experiments.figures.index import measured_on
 from experiments.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, load, powers_of_two, published
 
 LAUNCHES = {"graph": "-", "eager": "--"}
@@ -35,6 +36,7 @@ def draw(results: Path) -> Figure:
     finish(axes[-1, 0], f"Published, {paper['model'].iloc[0]}\n{paper['gpus'].iloc[0]}")
     for axis in axes[-1, 1:]:
         axis.set_visible(False)
+    figure.suptitle(measured_on(results, "same_gpu"), fontsize=7, x=0, ha="left")
     return figure
 
 
