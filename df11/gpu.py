@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from df11.formats.dfloat11 import ARRAYS, BLOCK_BYTES, BLOCK_CHUNKS
+from df11.formats.dfloat11 import ARRAYS, BLOCK_BYTES, BLOCK_CHUNKS, GAP_BYTES
 from df11.formats.luts import FIRST_POINTER, MAX_TABLES, build_luts, choose_code
+from df11.huffman import Code
 from df11.sources.cache import default_cache
 
 SOURCES = Path(__file__).resolve().parents[1] / "kernels"
 FLAGS = ("-O3", "-std=c++17", "-cubin")
 DECODERS = ("fast", "paper")
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which PyCUDA does not name: the stream does not wait for the default one
-GAP_BYTES = BLOCK_CHUNKS * 5 // 8  # a block
 TABLE_WORDS = 2 * ((1 << 11) + 1)  # int32 of decode_fast's table, see kernels/decode_fast.cu
 RULES = {  # dtype and alignment of what a decoder takes
     "encoded_exponent": (torch.uint8, 16),
@@ -323,17 +323,34 @@ def build_table(luts: torch.Tensor) -> torch.Tensor:
     return table
 
 
-def encode(weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Compress a contiguous bf16 CUDA tensor as one unit, byte for byte as `DFloat11.encode` does.
+def histogram(weights: torch.Tensor) -> np.ndarray:
+    """How often each exponent occurs in a contiguous bf16 CUDA tensor, int64[256]. One host synchronisation."""
+    return _split(weights)[0]
 
-    Returns the layout's arrays by name (uint8, and int32 with the bits of uint32 for output_positions), or {"raw": weights} where
-    an exponent is 240 or more. One host synchronisation, for the histogram. Memory beside the result: some 0.4 % of the input.
-    """
+
+def _split(weights: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+    """The histogram, and the weights' sign_mantissa."""
     _require(weights.is_cuda, f"weights are on {weights.device}: a CUDA tensor is needed")
     _require(weights.dtype == torch.bfloat16, f"weights: dtype {weights.dtype}, needed torch.bfloat16")
     _require(weights.is_contiguous(), "weights must be contiguous")
     n = weights.numel()
     _require(0 < n < 1 << 32, f"{n} weights: 1 to 2^32 - 1 fit one unit")
+    gpu = device(weights.device.index)
+    counts = torch.zeros(256, dtype=torch.int64, device=weights.device)
+    sign_mantissa = torch.empty(n, dtype=torch.uint8, device=weights.device)
+    kernel = gpu.kernel("encode", "histogram_split", "PqPP", ENCODE_THREADS)
+    gpu.launch(kernel, 4 * gpu.processors, weights.data_ptr(), n, counts.data_ptr(), sign_mantissa.data_ptr())
+    return counts.cpu().numpy(), sign_mantissa
+
+
+def encode(weights: torch.Tensor, code: Code | None = None) -> dict[str, torch.Tensor]:
+    """Compress a contiguous bf16 CUDA tensor as one unit, byte for byte as `DFloat11.encode` does. `code`: not the optimal one.
+
+    Returns the layout's arrays by name (uint8, and int32 with the bits of uint32 for output_positions), or {"raw": weights} where
+    an exponent is 240 or more. One host synchronisation, for the histogram. Memory beside the result: some 0.4 % of the input.
+    """
+    histogram, sign_mantissa = _split(weights)
+    n = weights.numel()
 
     def empty(size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=weights.device)
@@ -346,12 +363,9 @@ def encode(weights: torch.Tensor) -> dict[str, torch.Tensor]:
     def run(name: str, arguments: str, blocks: int, *values: int, threads: int = ENCODE_THREADS) -> None:
         gpu.launch(gpu.kernel("encode", name, arguments, threads), blocks, *values)
 
-    counts, sign_mantissa = zeros(256, torch.int64), empty(n)
-    run("histogram_split", "PqPP", 4 * gpu.processors, weights.data_ptr(), n, counts.data_ptr(), sign_mantissa.data_ptr())
-    histogram = counts.cpu().numpy()
     if histogram[FIRST_POINTER:].any():
         return {"raw": weights.reshape(-1)}
-    code = choose_code(histogram)
+    code = code or choose_code(histogram)
     bits = code.bits(histogram)
     size = -(-bits // 8)
     blocks = -(-size // BLOCK_BYTES)

@@ -1,10 +1,12 @@
 """torch operators over compressed units, and the unit as tensors on one device.
 
     torch.ops.df11.decompress(encoded_exponent, sign_mantissa, luts, gaps, output_positions, table, out, decoder="fast")
+    torch.ops.df11.decode(encoded_exponent, sign_mantissa, luts, gaps, output_positions, table, sizes, weights, first, last) -> bf16
 
-takes lists, an element a unit of the published layout, and writes the bf16 weights of each to its `out`; on a GPU by the kernels
-(df11/gpu.py, where dtypes, shapes and alignments stand), on the CPU by the format's decoder, which needs no table. Nothing is
-allocated on the device: `out` and the tables come from the caller.
+`decompress` takes lists, an element a unit of the published layout, and writes the bf16 weights of each to its `out`; on a GPU by
+the kernels (df11/gpu.py, where dtypes, shapes and alignments stand), on the CPU by the format's decoder, which needs no table.
+Nothing is allocated on the device: `out` and the tables come from the caller. `decode` returns a new tensor, as compilers want it;
+its arrays hold several units one after another (`split`), of which it decodes those from `first` to before `last`.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from df11 import bits, gpu
 from df11.dispatch import linear as linear  # the product with a matrix in the tiled layout
 from df11.formats import dfloat11
 from df11.formats.dfloat11 import DFloat11, DFloat11Unit, raw_unit
+from df11.formats.luts import FIRST_POINTER, choose_code
+from df11.huffman import Code
 
 torch.library.define(
     "df11::decompress",
@@ -55,7 +60,80 @@ def _decompress_cpu(
             at += piece.numel()
 
 
-ARRAYS = (*dfloat11.ARRAYS, "table")  # as the operator takes them
+ARRAYS = (*dfloat11.ARRAYS, "table")  # as the operators take them
+STREAM_ALIGNMENT = 16  # bytes; where a unit's stream may begin
+
+torch.library.define(
+    "df11::decode",
+    "(Tensor encoded_exponent, Tensor sign_mantissa, Tensor luts, Tensor gaps, Tensor output_positions, Tensor table,"
+    " SymInt[] sizes, SymInt weights, SymInt first, SymInt last, Tensor? after=None) -> Tensor",
+)
+
+
+def split(arrays: Sequence[torch.Tensor], sizes: Sequence[int], weights: int) -> list[tuple[torch.Tensor, ...]]:
+    """The arrays (ARRAYS) of each of several units that lie one after another, as views. They share luts and table.
+
+    sizes: bytes of each one's stream, which begins at the next multiple of 16; weights: how many each has, a multiple of 8 where
+    there are several.
+    """
+    stream, sign_mantissa, luts, gaps, positions, table = arrays
+    if len(sizes) == 1:
+        return [tuple(arrays)]
+    found: list[tuple[torch.Tensor, ...]] = []
+    at, block = 0, 0
+    for i, size in enumerate(sizes):
+        blocks = -(-size // dfloat11.BLOCK_BYTES)
+        own = sign_mantissa[i * weights : (i + 1) * weights]
+        own_gaps = gaps[block * dfloat11.GAP_BYTES : (block + blocks) * dfloat11.GAP_BYTES]
+        own_positions = positions[block + i : block + blocks + i + 1]
+        found.append((stream[at : at + size], own, luts, own_gaps, own_positions, table))
+        at, block = at + -(-size // STREAM_ALIGNMENT) * STREAM_ALIGNMENT, block + blocks
+    return found
+
+
+def join(units: Sequence[CompressedUnit]) -> dict[str, torch.Tensor]:
+    """Arrays as `split` takes them apart, of units with one code. Copies where there are several."""
+    if len(units) == 1:
+        return {name: getattr(units[0], name) for name in ARRAYS}
+
+    def padded(stream: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(stream, (0, -stream.numel() % STREAM_ALIGNMENT))
+
+    joined = {name: torch.cat([getattr(unit, name) for unit in units]) for name in ("sign_mantissa", "gaps", "output_positions")}
+    shared = {"luts": units[0].luts, "table": units[0].table}
+    return {"encoded_exponent": torch.cat([padded(unit.encoded_exponent) for unit in units])} | joined | shared
+
+
+def _decode(
+    encoded_exponent: torch.Tensor,
+    sign_mantissa: torch.Tensor,
+    luts: torch.Tensor,
+    gaps: torch.Tensor,
+    output_positions: torch.Tensor,
+    table: torch.Tensor,
+    sizes: Sequence[int],
+    weights: int,
+    first: int,
+    last: int,
+    after: torch.Tensor | None = None,
+) -> torch.Tensor:
+    arrays = (encoded_exponent, sign_mantissa, luts, gaps, output_positions, table)
+    out = encoded_exponent.new_empty((last - first) * weights, dtype=torch.bfloat16)
+    some = split(arrays, sizes, weights)[first:last]
+    if some:
+        outs = [out[i * weights : (i + 1) * weights] for i in range(len(some))]
+        torch.ops.df11.decompress(*(list(each) for each in zip(*some, strict=True)), outs)
+    return out
+
+
+torch.library.impl("df11::decode", "CPU")(_decode)
+torch.library.impl("df11::decode", "CUDA")(_decode)
+
+
+@torch.library.register_fake("df11::decode")
+def _decode_fake(encoded_exponent: torch.Tensor, *arrays: object) -> torch.Tensor:
+    weights, first, last = arrays[6:9]
+    return encoded_exponent.new_empty((last - first) * weights, dtype=torch.bfloat16)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -138,11 +216,27 @@ def decompress(units: Sequence[CompressedUnit], out: Sequence[torch.Tensor], ker
         torch.ops.df11.decompress(*given, [to for _, to in coded], kernel)
 
 
-def encode(tensors: list[torch.Tensor]) -> CompressedUnit:
-    """Compress bf16 tensors of one device as one unit, where they are; byte for byte the same on CPU and GPU."""
+def encode(tensors: Sequence[torch.Tensor], code: Code | None = None) -> CompressedUnit:
+    """Compress bf16 tensors of one device as one unit, where they are; byte for byte the same on CPU and GPU.
+
+    `code` overrides the optimal one.
+    """
     shapes = tuple(tuple(t.shape) for t in tensors)
     device = tensors[0].device if tensors else torch.device("cpu")
     if device.type != "cuda" or not sum(t.numel() for t in tensors):
-        return CompressedUnit.from_unit(DFloat11().encode_tensors([t.cpu() for t in tensors]), device)
+        return CompressedUnit.from_unit(DFloat11().encode_tensors([t.cpu() for t in tensors], code), device)
     flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
-    return CompressedUnit.make(shapes, gpu.encode(flat), device)
+    return CompressedUnit.make(shapes, gpu.encode(flat, code), device)
+
+
+def encode_each(tensors: Sequence[torch.Tensor]) -> list[CompressedUnit]:
+    """Compress bf16 tensors of one device as a unit each, all with one code; as one raw unit where a weight has no code."""
+    if len(tensors) == 1:
+        return [encode(tensors)]
+    count = gpu.histogram if tensors[0].is_cuda else lambda tensor: bits.histogram(bits.to_bits(tensor))
+    histogram = np.sum([count(tensor) for tensor in tensors], 0)
+    if histogram[FIRST_POINTER:].any():
+        raw = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return [CompressedUnit.make((tuple(raw.shape),), {"raw": raw}, raw.device)]
+    code = choose_code(histogram)
+    return [encode([tensor], code) for tensor in tensors]

@@ -36,6 +36,8 @@ BLOCK_CHUNKS = 512  # threads a block
 BLOCK_BYTES = CHUNK_BYTES * BLOCK_CHUNKS
 SEGMENT = 1 << 18  # weights encoded by one thread at a time
 ARRAYS = ("encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions")  # split_positions follow from the shapes
+PARTS = ARRAYS[1:]  # suffixes in a checkpoint, where the stream has the weight's own name
+GAP_BYTES = BLOCK_CHUNKS * 5 // 8  # a block
 
 
 @dataclass(frozen=True)
