@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-TRIGGER = "transformers.quantizers.auto"  # holds the registry; imported before any model can be loaded
+TRIGGER = "transformers.modeling_utils"  # needs the registry of quantizers, and any model needs it
 
 
 class _Loader(importlib.abc.Loader):

@@ -37,11 +37,10 @@ from df11.checkpoint_files import (
     write,
 )
 from df11.formats import FormatError
-from df11.formats.dfloat11 import DFloat11
+from df11.formats.dfloat11 import PARTS, DFloat11
 from df11.huffman import entropy
-from df11.modules import PARTS
-from df11.sources import SafetensorsSource, SourceError, TensorInfo, is_matrix, is_selected
-from df11.sources.files import INDEX, described, read_header
+from df11.sources.files import INDEX, SafetensorsSource, described, read_header
+from df11.sources.model import SourceError, TensorInfo, is_matrix, is_selected
 
 __all__ = [
     "MANIFEST",

@@ -14,10 +14,9 @@ import xxhash
 
 from df11 import bits
 from df11.formats import FormatError
-from df11.formats.dfloat11 import DFloat11, DFloat11Unit
-from df11.modules import PARTS
-from df11.sources import SourceError
+from df11.formats.dfloat11 import PARTS, DFloat11, DFloat11Unit
 from df11.sources.files import read_header
+from df11.sources.model import SourceError
 
 MANIFEST = "df11.json"
 VERSION = 1

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from df11 import dispatch
-from df11.modules import compressed_parameters
-from df11.runtime import CompressedModelError, attach, check_input
+from df11.runtime import CompressedModelError, attach
+from df11.tensors import dense
 from df11.tiled_ops import ARRAYS, TiledWeight
 
 _TURN = threading.RLock()  # held by the thread in whose embedding the weights are
@@ -85,12 +85,22 @@ class FusedLinear(nn.Module):
 
     def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of all layers that it stands for."""
-        check_input(self, x)
+        self._check(x)
         weight = self.stored.get()
         # Of a model on several GPUs accelerate's hooks brought inputs here; they went with the layer that this one replaces.
         x = x.to(weight.low.device, torch.bfloat16)  # another dtype is autocast's
         y = dispatch.linear(weight, x, self.bias)
         return list(y.split(self.sizes, -1)) if len(self.sizes) > 1 else [y]  # type: ignore[no-untyped-call]
+
+    def _check(self, x: torch.Tensor) -> None:
+        if self.training:
+            raise CompressedModelError("fused products are for inference: call model.eval(), or train the model in mode=exact")
+        if x.dtype != torch.bfloat16 and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise CompressedModelError(f"the compressed weights are bf16, the input is {x.dtype}: keep the model in torch.bfloat16")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise CompressedModelError(
+                "fused products have no gradients: call the model under torch.no_grad(), or take mode='exact'"
+            )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -139,7 +149,7 @@ def fuse_(model: nn.Module, merge: bool = True) -> int:
                 f"{name} is offloaded, but mode=fused needs all weights in place: take mode='exact', "
                 "or a device_map without 'cpu' and 'disk'"
             )
-    if any("_df11_pool" in module.__dict__ for module in model.modules()):
+    if any(module.__dict__.get("_df11_pool") for module in model.modules()):
         raise CompressedModelError("blocks are offloaded, but mode=fused needs all weights in place: fuse_ before offload_")
     pools: _Pools = {}
     count = (_fuse_merged(model, pools) if merge else 0) + _fuse_each(model, pools)
@@ -175,7 +185,7 @@ def _fuse_merged(model: nn.Module, pools: _Pools) -> int:
         layers = [layer for layer in found if _is_linear(layer) and uses[id(layer)] == 1]
         if len(layers) != len(names):
             continue
-        weights = [_dense(layer) for layer in layers]
+        weights = [dense(layer.weight.detach()) for layer in layers]
         if len({(w.shape[1], w.device, layer.bias is None) for w, layer in zip(weights, layers, strict=True)}) != 1:
             continue
         if (weight := TiledWeight.encode(torch.cat(weights))) is None:
@@ -183,7 +193,7 @@ def _fuse_merged(model: nn.Module, pools: _Pools) -> int:
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         leader = FusedLinear(_store(weight, pools), torch.cat(biases) if biases else None, [layer.out_features for layer in layers])
         for layer in layers:
-            _drop(layer)
+            del layer._parameters["weight"]
         setattr(parent, names[0], leader.eval())
         for index, name in enumerate(names[1:], 1):
             setattr(parent, name, FollowingLinear(leader, index).eval())
@@ -199,9 +209,9 @@ def _fuse_each(model: nn.Module, pools: _Pools) -> int:
             if id(layer) not in fused:
                 if not (_is_linear(layer) or (isinstance(layer, nn.Embedding) and _is_bf16(layer))):
                     continue
-                key = id(compressed_parameters(layer).get("weight") or layer._parameters.get("weight"))
+                key = id(layer.weight)
                 if key not in stored:
-                    if (weight := TiledWeight.encode(_dense(layer))) is None:
+                    if (weight := TiledWeight.encode(dense(layer.weight.detach()))) is None:
                         continue
                     stored[key] = _store(weight, pools)
                 became = (
@@ -235,36 +245,19 @@ def _is_linear(layer: object) -> TypeGuard[nn.Linear]:
 
 def _is_bf16(layer: nn.Module) -> bool:
     parameter = layer._parameters.get("weight")
-    return "weight" in compressed_parameters(layer) or (parameter is not None and parameter.dtype == torch.bfloat16)
-
-
-def _dense(layer: nn.Module) -> torch.Tensor:
-    """The weights of a layer, decompressed."""
-    if compressed := compressed_parameters(layer).get("weight"):
-        unit = compressed.unit()
-        out = torch.empty(unit.numel, dtype=torch.bfloat16, device=unit.device)
-        return unit.decompress(out).view(compressed.shape)
-    return layer.get_parameter("weight").detach()
-
-
-def _drop(layer: nn.Module) -> None:
-    """Let go of a layer's weights: hooks and the layer refer to each other, so they would stay until Python looks for cycles."""
-    if compressed := layer.__dict__.get("_df11", {}).pop("weight", None):
-        for part in compressed.arrays if compressed.module is layer else ():
-            layer._buffers.pop(compressed.array_name(part), None)
-    layer._parameters.pop("weight", None)
+    return parameter is not None and parameter.dtype == torch.bfloat16
 
 
 def _fuse_linear(layer: nn.Linear, stored: Stored) -> FusedLinear:
     bias = None if layer.bias is None else layer.bias.detach()
-    _drop(layer)
+    del layer._parameters["weight"]  # hooks and the layer refer to each other: it would stay until Python looks for cycles
     return FusedLinear(stored, bias, [layer.out_features]).eval()
 
 
 def _fuse_embedding(layer: nn.Embedding, stored: Stored) -> nn.Embedding:
     """The class and its forward stay, so a scaled embedding stays one: for a call it gets the rows that it needs as its weights,
     or, where its forward is no look-up of its first argument, all of them."""
-    _drop(layer)
+    del layer._parameters["weight"]
     layer.add_module("stored", stored)
     layer.padding_idx = None  # matters for gradients only, and has no place among the rows of a call
     layer.__dict__["_df11_by_rows"] = type(layer).forward is nn.Embedding.forward or _looks_up(layer)

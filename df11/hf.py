@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +13,8 @@ import torch
 import transformers
 import xxhash
 from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -18,11 +22,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from df11 import released_checkpoint
 from df11.checkpoint import MODES, QUANT_METHOD, REMOTE, VERSION, CheckpointError
+from df11.formats.dfloat11 import ARRAYS, PARTS
 from df11.fused import fuse_, is_fused
-from df11.modules import PARTS, compress_, compress_own_, compressed_parameters, is_compressed, prepare, share, tie
-from df11.runtime import attach
+from df11.modules import compress_, compress_own_, decompress_
+from df11.ops import CompressedUnit, encode_each
+from df11.runtime import CompressedModelError, attach, detach
 from df11.sources.files import SafetensorsSource
 from df11.sources.model import SourceError, TensorInfo
+from df11.tensors import CompressedTensor, Stored, is_stack
 
 _SPELLING = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -126,7 +133,7 @@ class DF11Quantizer(HfQuantizer):
 
     quantization_config: DF11Config
     _released: _Released | None = None
-    _compiles = False
+    _stored: Mapping[str, int] = {}  # bytes of each compressed tensor of the checkpoint, by its name there
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("dtype") not in (None, "auto", torch.bfloat16):
@@ -154,28 +161,25 @@ class DF11Quantizer(HfQuantizer):
             return
         if not checkpoint_files:
             raise ValueError("a compressed model is loaded from safetensors files: none were given")
-        shapes: dict[str, tuple[int, ...]] = {}
+        sizes: dict[str, int] = {}
         for file in checkpoint_files:
-            shapes |= {info.name: info.shape for info in SafetensorsSource(Path(file)).tensors()}
-        for name in [name.removesuffix("_luts") for name in shapes if name.endswith("_luts")]:
-            try:
-                module, leaf = get_module_from_name(model, name)
-                module.get_parameter(leaf)
-            except AttributeError as missing:
-                raise ValueError(
-                    f"{name} is compressed, but {type(model).__name__} has no such parameter: compress with --exclude '{name}'"
-                ) from missing
-            prepare(module, leaf, {"encoded_exponent": shapes[name]} | {part: shapes[f"{name}_{part}"] for part in PARTS})
-        # Tied here and not by transformers, which ties parameters only.
-        for target, source in list(model.all_tied_weights_keys.items()):
-            for one, other in ((target, source), (source, target)):  # a checkpoint may hold either
-                holder, leaf = get_module_from_name(model, other)
-                if one not in shapes and leaf in compressed_parameters(holder):
-                    module, name = get_module_from_name(model, one)
-                    tie(module, name, compressed_parameters(holder)[leaf])
-                    module.__dict__["_is_hf_initialized"] = True  # has nothing that transformers could initialise
-                    del model.all_tied_weights_keys[target]
-                    break
+            sizes |= {info.name: info.nbytes for info in SafetensorsSource(Path(file)).tensors()}
+        names = [name.removesuffix("_luts") for name in sizes if name.endswith("_luts")]
+        self._stored = {name: sum(sizes.get(f"{name}_{part}", 0) for part in PARTS) + sizes[name] for name in names}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """The model's own, then what makes a tensor of stored arrays. (transformers 5.17 names no model.)"""
+        if not self._stored:
+            return weight_conversions
+        names = "|".join(map(re.escape, self._stored))
+        sources = [rf"^({names})$", *(rf"^({names})_{part}$" for part in PARTS)]
+        return [*weight_conversions, WeightConverter(sources, r"\1", [_Assemble()])]
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        """Bytes a weight, for whoever shares out memory before anything is loaded."""
+        if param_name in self._stored and param.numel():
+            return self._stored[param_name] / param.numel()
+        return param.element_size()
 
     def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **kwargs: Any) -> None:
         if self._released:
@@ -188,22 +192,116 @@ class DF11Quantizer(HfQuantizer):
         code = str((getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
         if code.rpartition("--")[2].startswith(f"{REMOTE}."):
             del model.config.auto_map
+        model.requires_grad_(False)
+        # Models and Trainer take other branches where weights are rounded, some of them with other results. These are not.
+        model.__dict__["is_quantized"] = False
+        for module in model.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
         if self.quantization_config.mode == "fused":
             fuse_(model)
-            self._compiles = not is_compressed(model)
-        attach(model, self.quantization_config.granularity)
+        elif self.quantization_config.granularity != "layer":
+            attach(model, self.quantization_config.granularity)
+
+    def get_state_dict_and_metadata(self, model: transformers.PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What save_pretrained writes: the stored arrays of compressed weights, tied ones once."""
+        found: dict[str, torch.Tensor] = {}
+        tied, ignored = model.all_tied_weights_keys, model._keys_to_ignore_on_save or ()
+        state = model.state_dict()
+        places = set((getattr(model, "hf_device_map", None) or {}).values())
+        for name, tensor in state.items():
+            if name in ignored:
+                continue
+            if tensor.is_meta and places & {"cpu", "disk"}:
+                tensor = load_offloaded_parameter(model, name)
+            if not isinstance(tensor, CompressedTensor):
+                found[name] = tensor
+            elif name not in tied or not _is_same(tensor, state.get(tied[name])):
+                found |= _arrays(name, tensor)
+        return found, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        if is_fused(model):
+            raise CompressedModelError("a fused model has no way back: load it with mode='exact', then dequantize()")
+        detach(model)
+        decompress_(model)
+        return model
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` compiles a step when its cache is static: not where hooks decompress weights."""
-        return self._compiles
+        """Whether `generate` compiles a step when its cache is static, as it does with the original model."""
+        return True
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return self.quantization_config.mode == "exact"  # the tiled layout is not stored: save the model of mode=exact
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """With adapters; the compressed weights are frozen."""
+        return self.quantization_config.mode == "exact"
+
+
+class _Assemble(ConversionOps):  # type: ignore[misc]
+    """Stored arrays, in the order of ARRAYS, become a compressed tensor of the shape that the model has."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        full_layer_name, model = kwargs["full_layer_name"], kwargs["model"]
+        missing = [name for name, pattern in zip(ARRAYS, source_patterns, strict=True) if pattern not in input_dict]
+        if missing:
+            raise ValueError(f"{full_layer_name} lacks its {', '.join(missing)}: download the checkpoint again")
+        arrays = {name: input_dict[pattern][0] for name, pattern in zip(ARRAYS, source_patterns, strict=True)}
+        shape = tuple(model.get_parameter(full_layer_name).shape)
+        return {full_layer_name: nn.Parameter(CompressedTensor.make(_stored(arrays, shape), shape), requires_grad=False)}
+
+
+def _stored(arrays: dict[str, torch.Tensor], shape: tuple[int, ...]) -> Stored:
+    """Of the arrays of one unit; a stack of experts, which is one in a file, becomes a unit each."""
+    arrays = arrays | {"output_positions": arrays["output_positions"].view(torch.int32)}
+    if arrays["sign_mantissa"].numel() != math.prod(shape):
+        raise ValueError(
+            f"{arrays['sign_mantissa'].numel()} weights are stored, the model has {list(shape)}: is config.json its own?"
+        )
+    stored = Stored(arrays, (arrays["encoded_exponent"].numel(),), shape)
+    if not is_stack(shape):
+        return stored
+    weights, _ = stored.decode(0, stored.numel, stored.device)
+    return Stored.encode(weights, shape)
+
+
+def _arrays(name: str, tensor: CompressedTensor) -> dict[str, torch.Tensor]:
+    """A compressed weight as a checkpoint has it: one unit of its elements, row after row."""
+    units = tensor.units()
+    if len(units) > 1 or not tensor.is_contiguous():
+        units = encode_each([tensor.decompress().contiguous().view(-1)])
+    unit: CompressedUnit = units[0]
+    if unit.raw is not None:
+        return {name: unit.raw.view(tensor.shape)}
+    parts = {f"{name}_{part}": getattr(unit, part) for part in PARTS}
+    positions = f"{name}_output_positions"
+    return {name: unit.encoded_exponent} | parts | {positions: parts[positions].view(torch.uint32)}
+
+
+def _is_same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return isinstance(tensor, CompressedTensor) and isinstance(other, CompressedTensor) and tensor._stored is other._stored
+
+
+_plain_footprint = transformers.PreTrainedModel.get_memory_footprint
+
+
+@functools.wraps(_plain_footprint)
+def _footprint(self: transformers.PreTrainedModel, return_buffers: bool = True) -> int:
+    compressed = {id(p._stored): p for p in self.parameters() if isinstance(p, CompressedTensor)}.values()
+    size: int = _plain_footprint(self, return_buffers)  # type: ignore[no-untyped-call]
+    return size + sum(p.stored_bytes - p.nbytes for p in compressed)
+
+
+transformers.PreTrainedModel.get_memory_footprint = _footprint  # type: ignore[method-assign]  # it multiplies weights by width
 
 
 class _Released:
@@ -255,7 +353,7 @@ class _Released:
         for target, source in self.tied.items():
             (module, leaf), (holder, name) = (get_module_from_name(self.model, one) for one in (target, source))
             delattr(module, leaf)
-            share(module, leaf, holder, name)
+            module.register_parameter(leaf, holder.get_parameter(name))
 
 
 def build(
@@ -281,7 +379,7 @@ def build(
             initialise(module)
             finish(module)
             for leaf, (holder, source) in shared.items():
-                share(module, leaf, holder, source)
+                module._parameters[leaf] = holder._parameters[source]
     model.train(False)
     return model
 

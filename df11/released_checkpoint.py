@@ -24,8 +24,8 @@ from df11.checkpoint_files import CheckpointError, Progress, config_to_compress,
 from df11.formats import FormatError
 from df11.formats.dfloat11 import BLOCK_CHUNKS, CHUNK_BYTES, DFloat11, DFloat11Unit
 from df11.released import VERSION
-from df11.sources import SafetensorsSource, TensorInfo, Unit, split_units
-from df11.sources.files import INDEX
+from df11.sources.files import INDEX, SafetensorsSource
+from df11.sources.model import TensorInfo, Unit, split_units
 
 ARRAYS = ("encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions", "split_positions")
 

@@ -1,14 +1,14 @@
-"""Runs models with compressed parameters: what is decompressed when, and where to.
+"""Runs models with compressed weights faster: what is decompressed together, when, and where to.
 
-Before a module runs, a hook decompresses its weights into a workspace and puts the bf16 tensors in the buffers' place for as long
-as the forward lasts: the same kernels see the same bits as in the original model. `attach` chooses what is decompressed at a time:
-one layer, or a whole transformer block, as the paper does (section 2.3.3), and whether the next block is decompressed meanwhile.
+A compressed weight decompresses itself wherever it is read, so nothing here need be done. `attach` decompresses all of a
+transformer block's by one launch before the block runs, as the paper does (section 2.3.3), and the next block's meanwhile; or
+takes another kernel. What was decompressed is lent to the block's tensors (`Held`) for as long as its forward lasts.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import nn
 
 from df11 import ops, released
 from df11.memory import aligned
-from df11.modules import CompressedParameter, Pool, compressed_parameters, inside
+from df11.modules import Pool, compressed_parameters, inside
 from df11.ops import CompressedUnit
+from df11.tensors import CompressedTensor, Held
 
 GRANULARITIES = ("layer", "block")
 KERNELS = ("fast", "paper", "released")
@@ -27,9 +28,6 @@ class CompressedModelError(RuntimeError):
     """A compressed model used in a way that it cannot serve. The message says what to do instead."""
 
 
-Slots = list[tuple[nn.Module, str, CompressedParameter]]
-
-
 class Workspace:
     """The decode buffers of one model. It belongs to the model that `attach` was called on."""
 
@@ -37,6 +35,8 @@ class Workspace:
         self.turn = threading.RLock()  # held by the thread whose module has its weights in the buffers
         self._sizes: list[int] = []  # bytes of each buffer
         self._buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self.largest = 0  # bytes of the largest weight, where each is decompressed by itself into memory that torch gives it
+        self._users: dict[tuple[torch.device, int], torch.cuda.Stream] = {}  # who used a buffer last
 
     def reserve(self, buffer: int, size: int) -> None:
         """Let a buffer have at least this many bytes. Memory is taken when it is first used."""
@@ -44,14 +44,31 @@ class Workspace:
         self._sizes[buffer] = max(self._sizes[buffer], size)
 
     def bytes(self, device: torch.device, buffer: int, start: int, size: int) -> torch.Tensor:
-        """uint8[size] of a buffer on a device."""
-        if (device, buffer) not in self._buffers:
-            self._buffers[device, buffer] = torch.empty(self._sizes[buffer], dtype=torch.uint8, device=device)
-        return self._buffers[device, buffer][start : start + size]
+        """uint8[size] of a buffer on a device, for the current stream.
+
+        While a CUDA graph is captured it is memory of the graph's own instead: its replays may run beside an eager call.
+        """
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        key = device, buffer
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self._sizes[buffer], dtype=torch.uint8, device=device)
+        return self._buffers[key][start : start + size]
+
+    def take(self, device: torch.device, buffer: int) -> None:
+        """Let the current stream, which will use a buffer, wait for another that did. A graph's own memory has no other user."""
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(device)
+        last = self._users.get((device, buffer))
+        if last is not None and last != stream:
+            stream.wait_stream(last)
+        self._users[device, buffer] = stream
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        """Bytes of what is decompressed at a time."""
+        return self.largest or sum(buffer.nbytes for buffer in self._buffers.values())
 
 
 Decode = Callable[[Sequence[CompressedUnit], Sequence[torch.Tensor]], None]
@@ -61,60 +78,68 @@ class _Owner:
     """A module before which weights are decompressed, and the part of the workspace that holds them: the decoded ones, then, where
     they come from host memory, the copy of what is stored. Weights stored as they are get used in that copy."""
 
-    def __init__(self, module: nn.Module, slots: Slots, workspace: Workspace, decode: Decode) -> None:
+    def __init__(self, module: nn.Module, tensors: list[CompressedTensor], workspace: Workspace, decode: Decode) -> None:
         self.module = module
-        self.slots = slots
+        self.stored = [tensor._stored for tensor in tensors]
+        self.device = tensors[0].device  # where they are used
         self.pool: Pool | None = module.__dict__.get("_df11_pool")
-        self.turns = 0  # how often the thread whose turn it is has entered
         self.buffer = 0
         self.start = 0  # in the buffer
         self._workspace = workspace
         self._decode = decode
-        coded = [self.pool is None or parameter.unit().raw is None for _, _, parameter in slots]
-        sizes = [aligned(2 * parameter.numel) if c else 0 for c, (_, _, parameter) in zip(coded, slots, strict=True)]
+        sizes = [aligned(2 * one.numel) if one.raw is None else 0 for one in self.stored]
         self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self._decoded = sum(sizes)  # bytes
         self.nbytes = self._decoded + (self.pool.nbytes if self.pool else 0)
-        self._units: list[CompressedUnit] = []  # as they were when the views were made
+        self._memory: torch.Tensor | None = None  # as it was when the views were made
+        self._arrays: list[object] = []  # and what was stored then
+        self._units: list[list[CompressedUnit]] = []
         self._views: list[torch.Tensor] = []
-
-    @property
-    def device(self) -> torch.device:
-        return self.pool.device if self.pool else self.slots[0][2].unit().device
 
     def fill(self) -> None:
         """Decompress, on the current stream."""
+        memory = self._workspace.bytes(self.device, self.buffer, self.start, self.nbytes)
+        self._workspace.take(self.device, self.buffer)
         if self.pool:
-            copy = self._workspace.bytes(self.pool.device, self.buffer, self.start + self._decoded, self.pool.nbytes)
-            copy.copy_(self.pool.memory, non_blocking=True)
-            if not self._units:  # made after the first copy: tables are built from what it brought
-                arrays = self.pool.views(copy)
-                units = [p.unit_of(a) for (_, _, p), a in zip(self.slots, arrays, strict=True)]
-                self._place(units)
-        else:
-            units = [parameter.unit() for _, _, parameter in self.slots]
-            if len(units) != len(self._units) or any(a is not b for a, b in zip(units, self._units, strict=True)):
-                self._place(units)
-        coded = [(unit, view) for unit, view in zip(self._units, self._views, strict=True) if view is not unit.raw]
-        self._decode([unit for unit, _ in coded], [view.view(-1) for _, view in coded])
+            memory[self._decoded :].copy_(self.pool.memory, non_blocking=True)
+        arrays = [one.arrays for one in self.stored]
+        here = self._memory is not None and self._memory.data_ptr() == memory.data_ptr()
+        if not here or any(a is not b for a, b in zip(arrays, self._arrays, strict=True)):
+            self._place(memory)  # after the copy: tables are built from what it brought
+            self._arrays = arrays  # type: ignore[assignment]
+        coded = [(u, v) for us, v in zip(self._units, self._views, strict=True) if us[0].raw is None for u, v in _each(us, v)]
+        self._decode([unit for unit, _ in coded], [view for _, view in coded])
 
-    def _place(self, units: list[CompressedUnit]) -> None:
-        self._units, self._views = units, []
-        for unit, offset, (_, _, parameter) in zip(units, self._offsets, self.slots, strict=True):
-            if self.pool and unit.raw is not None:
-                self._views.append(unit.raw)
-                continue
-            memory = self._workspace.bytes(unit.device, self.buffer, self.start + offset, 2 * parameter.numel)
-            self._views.append(memory.view(torch.bfloat16).view(parameter.shape))
+    def take(self) -> None:
+        """Before weights are used that were decompressed on another stream."""
+        self._workspace.take(self.device, self.buffer)
+
+    def _place(self, memory: torch.Tensor) -> None:
+        self._memory, self._views = memory, []
+        if self.pool:
+            copies = self.pool.views(memory[self._decoded :])
+            self._units = [one.units_of(arrays) for one, arrays in zip(self.stored, copies, strict=True)]
+        else:
+            self._units = [one.units() for one in self.stored]
+        for one, units, offset in zip(self.stored, self._units, self._offsets, strict=True):
+            raw = units[0].raw
+            view = memory[offset : offset + 2 * one.numel].view(torch.bfloat16) if raw is None else raw
+            self._views.append(view)
 
     def show(self) -> None:
-        """Put the weights in place: in the instance's dictionary they hide the buffers of the same names, which stay registered."""
-        for (holder, name, _), view in zip(self.slots, self._views, strict=True):
-            holder.__dict__[name] = view
+        """Lend the weights to their tensors, on the current stream."""
+        for one, view in zip(self.stored, self._views, strict=True):
+            one.held = Held.here(view)
 
     def hide(self) -> None:
-        for holder, name, _ in self.slots:
-            holder.__dict__.pop(name, None)
+        for one in self.stored:
+            one.held = None
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._memory, self._views = None, []  # the next block takes the same place of the graph's memory
+
+
+def _each(units: list[CompressedUnit], weights: torch.Tensor) -> Iterator[tuple[CompressedUnit, torch.Tensor]]:
+    return zip(units, weights.chunk(len(units)), strict=True)
 
 
 class _Ahead:
@@ -133,6 +158,7 @@ class _Ahead:
             self._busy = None
         if self._held.pop(owner.buffer, None) != index:
             owner.fill()
+        owner.take()
         if index + 1 < len(self.owners):
             self._fetch(index + 1)
 
@@ -164,24 +190,27 @@ class _Ahead:
 
 
 def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", prefetch: bool = False) -> Workspace:
-    """Make a model with compressed parameters run: hooks, and a workspace as large as what is decompressed at a time.
+    """Choose how a model's compressed weights are decompressed. It computes the same bits without this, and with any choice.
 
-    granularity: `layer`, each module's own weights before it runs; `block`, all of a transformer block's (an element of a
-    ModuleList) before the block runs, by one launch. kernel: `fast`, `paper` or `released` (on a GPU). prefetch (blocks only):
-    decompress the next block on a second stream while one runs, into a second buffer. A second call replaces the first. The model
-    can only infer: gradients are switched off.
+    granularity: `layer`, each weight where it is read; `block`, all of a transformer block's (an element of a ModuleList) before
+    the block runs, by one launch into a workspace. kernel: `fast`, `paper` or `released` (on a GPU). prefetch (blocks only):
+    decompress the next block on a second stream while one runs, into a second buffer. A second call replaces the first. What
+    computes gradients, and code that torch.compile traces, decompresses each weight where it is read.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity={granularity!r}: choose one of {', '.join(GRANULARITIES)}")
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r}: choose one of {', '.join(KERNELS)}")
-    if granularity == "layer" and (prefetch or any("_df11_pool" in module.__dict__ for module in model.modules())):
+    if granularity == "layer" and (prefetch or any(module.__dict__.get("_df11_pool") for module in model.modules())):
         raise ValueError("prefetched or offloaded weights go by whole blocks: granularity='block'")
-    for handle in model.__dict__.pop("_df11_hooks", []):
-        handle.remove()
-    model.requires_grad_(False)
+    detach(model)
     workspace, decode = Workspace(), _decoder(kernel)
-    owned = [_Owner(module, slots, workspace, decode) for module, slots in owners(model, granularity)]
+    chosen: Iterable[tuple[nn.Module, list[CompressedTensor]]] = ()
+    if granularity == "block" or kernel != "fast":
+        chosen = owners(model, granularity)
+    else:
+        workspace.largest = max((aligned(2 * tensor.numel()) for tensor in inside(model)), default=0)
+    owned = [_Owner(module, tensors, workspace, decode) for module, tensors in chosen]
     _assign(model, {id(owner.module): owner for owner in owned}, 0)
     ahead = _Ahead(owned) if prefetch else None
     for index, owner in enumerate(owned):
@@ -193,7 +222,7 @@ def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", p
     handles: list[Any] = []
     for index, owner in enumerate(owned):
         enter, leave = _hooks(owner, index, ahead, workspace.turn)
-        handles.append(owner.module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(owner.module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         handles.append(owner.module.register_forward_hook(leave, always_call=True))
     if ahead and owned and not isinstance(owned[0].module, nn.Embedding):  # others run before it
         begin, end = _around(ahead, workspace.turn)
@@ -203,20 +232,25 @@ def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", p
     return workspace
 
 
-def _around(ahead: _Ahead, turn: threading.RLock) -> tuple[Any, Any]:
+def detach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    for handle in model.__dict__.pop("_df11_hooks", []):
+        handle.remove()
+
+
+def _around(ahead: _Ahead, turn: threading.RLock) -> tuple[_Hook, _Hook]:
     """Hooks of the whole model."""
 
     def begin(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling():
+        if not _needs_gradients(module, arguments):
             with turn:
                 ahead.begin()
 
     def end(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            with turn:
-                ahead.end()
+        with turn:
+            ahead.end()
 
-    return begin, end
+    return _Hook(begin), _Hook(end)
 
 
 def _decoder(kernel: str) -> Decode:
@@ -233,20 +267,22 @@ def _decoder(kernel: str) -> Decode:
     return decode
 
 
-def _slots(module: nn.Module) -> Slots:
-    return [(module, name, parameter) for name, parameter in compressed_parameters(module).items()]
-
-
-def owners(module: nn.Module, granularity: str) -> Iterator[tuple[nn.Module, Slots]]:
-    """Modules before which something is decompressed, with what."""
-    if own := _slots(module):
+def owners(module: nn.Module, granularity: str) -> Iterator[tuple[nn.Module, list[CompressedTensor]]]:
+    """Modules before which something is decompressed, with what: tied weights once, and weights in host memory by a pool only."""
+    if own := _here(module, compressed_parameters(module).values()):
         yield module, own
     for child in module.children():
         if granularity == "block" and isinstance(module, nn.ModuleList):
-            if slots := inside(child):
-                yield child, slots
+            if tensors := _here(child, inside(child)):
+                yield child, tensors
         else:
             yield from owners(child, granularity)
+
+
+def _here(module: nn.Module, tensors: Iterable[CompressedTensor]) -> list[CompressedTensor]:
+    pooled = module.__dict__.get("_df11_pool") is not None
+    found = {id(tensor._stored): tensor for tensor in tensors if pooled or tensor._stored.device == tensor.device}
+    return list(found.values())
 
 
 def _assign(module: nn.Module, owners: dict[int, _Owner], start: int) -> None:
@@ -258,12 +294,40 @@ def _assign(module: nn.Module, owners: dict[int, _Owner], start: int) -> None:
         _assign(child, owners, start)
 
 
-def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, turn: threading.RLock) -> tuple[Any, Any]:
-    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+class _Hook:
+    """A forward hook that copies and pickles of its model do without: their weights decompress themselves."""
+
+    def __init__(self, work: Callable[..., None]) -> None:
+        self.work = work
+
+    def __call__(self, *arguments: Any) -> None:
         if not torch.compiler.is_compiling():
-            turn.acquire()
-            owner.turns += 1
-        check_input(module, *arguments[:1])  # the activations; experts get float32 routing weights too
+            self.work(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _ignore
+
+
+def _ignore(*arguments: object) -> None:
+    return None
+
+
+def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, turn: threading.RLock) -> tuple[_Hook, _Hook]:
+    """What decompresses before a module's forward, for the thread whose turn it is, and what takes it back afterwards."""
+    mine = threading.local()  # mine.entered: whether each forward that this thread is in has decompressed something
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not hasattr(mine, "entered"):
+            mine.entered = []
+        mine.entered.append(False)
+        if _needs_gradients(module, (*arguments, *named.values())):
+            return
+        turn.acquire()
+        mine.entered[-1] = True
         if ahead:
             ahead.enter(index)
         else:
@@ -271,22 +335,16 @@ def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, turn: threading.RLoc
         owner.show()
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        owner.hide()
-        if not torch.compiler.is_compiling() and owner.turns:
-            owner.turns -= 1
+        if mine.entered.pop():
+            owner.hide()
             turn.release()
 
-    return enter, leave
+    return _Hook(enter), _Hook(leave)
 
 
-def check_input(module: nn.Module, x: Any = None) -> None:
-    """Raise CompressedModelError where a module with compressed weights is trained, or would compute in another dtype than bf16."""
-    if module.training:
-        raise CompressedModelError("compressed weights are for inference: call model.eval(), or train the original model")
-    linear = hasattr(module, "in_features")  # others may look something up
-    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or linear):
-        return
-    if x.dtype != torch.bfloat16 and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-        raise CompressedModelError(f"the compressed weights are bf16, the input is {x.dtype}: keep the model in torch.bfloat16")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise CompressedModelError("compressed weights have no gradients: call the model under torch.no_grad()")
+def _needs_gradients(module: nn.Module, arguments: tuple[Any, ...]) -> bool:
+    """Whether autograd will look at what the module computes."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (*arguments, *module.parameters())
+    return any(tensor.requires_grad for tensor in tensors if isinstance(tensor, torch.Tensor))

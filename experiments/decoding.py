@@ -140,8 +140,8 @@ def compressed_groups(model: torch.nn.Module) -> list[list[ops.CompressedUnit]]:
     """A model's compressed units as granularity `block` decompresses them, each once even where weights are tied."""
     seen: set[int] = set()
     groups = []
-    for _, slots in runtime.owners(model, "block"):
-        units = {id(unit): unit for unit in (parameter.unit() for _, _, parameter in slots) if id(unit) not in seen}
+    for _, tensors in runtime.owners(model, "block"):
+        units = {id(unit): unit for tensor in tensors for unit in tensor.units() if id(unit) not in seen}
         seen |= units.keys()
         groups += [list(units.values())] if units else []
     return groups

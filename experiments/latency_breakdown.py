@@ -81,9 +81,10 @@ def decompressors(cfg: Config, parts: dict[str, torch.nn.Module], compressed: di
     works: Works = {}
     for component, part in compressed.items():
         found = [
-            (parameter.unit(), original.get_parameter(name))
+            (unit, weights)
             for module, original in zip(part.modules(), parts[component].modules(), strict=True)
-            for name, parameter in modules.compressed_parameters(module).items()
+            for name, tensor in modules.compressed_parameters(module).items()
+            for unit, weights in zip(tensor.units(), original.get_parameter(name).chunk(len(tensor.units())), strict=True)
         ]
         for kernel in kernels:
             work, ((*views,),) = decompression([[unit for unit, _ in found]], "fast" if kernel == "cpu" else kernel)

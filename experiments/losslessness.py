@@ -136,13 +136,11 @@ def weight_rows(model: torch.nn.Module, bits: dict[str, torch.Tensor]) -> Iterat
     """Every compressed weight against the original's."""
     mismatches, compared, compressed = 0, 0, 0
     for prefix, module in model.named_modules():
-        for name, parameter in modules.compressed_parameters(module).items():
-            if f"{prefix}.{name}" in bits:  # tied ones have one name there
-                unit = parameter.unit()
-                out = torch.empty(unit.numel, dtype=torch.bfloat16, device=unit.encoded_exponent.device)
-                mismatches += differing(unit.decompress(out).cpu(), bits[f"{prefix}.{name}"].reshape(-1))
-                compared += unit.numel
-                compressed += unit.nbytes - unit.table.nbytes
+        for name, tensor in modules.compressed_parameters(module).items():
+            if f"{prefix}.{name}" in bits and tensor.is_compressed:  # tied ones have one name there
+                mismatches += differing(tensor.decompress().cpu(), bits[f"{prefix}.{name}"])
+                compared += tensor.numel()
+                compressed += tensor.stored_bytes - tensor.table.nbytes
         weights = fused.weights_of(module)
         if weights is not None and f"{prefix}.weight" in bits:
             mismatches += differing(weights.cpu(), bits[f"{prefix}.weight"])

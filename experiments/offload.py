@@ -108,7 +108,7 @@ def measure(cfg: Config, name: str, batch_sizes: list[int]) -> Iterator[tuple[in
     codec, placement, granularity = VARIANTS[name]
     on_gpu = cfg.device.name == "cuda"
     model = budget.build(cfg, codec)
-    manifest = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    manifest = sum(modules.stored_bytes(model).values())
     buffers = runtime.attach(model, granularity) if codec == "dfloat11" else None
     host_memory = HOST_MEMORY.get(placement, "-")
     mode, kernel = {"bf16": ("exact", "-"), "dfloat11": ("exact", "fast"), "tiled": ("fused", "tiled")}[codec]

@@ -163,8 +163,15 @@ def test_tensors_that_the_index_does_not_name_are_verified_too(original: Path, t
 def test_every_dtype_and_shape_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Through the command line: matrices of one symbol, of one row, column or weight, and dtypes that are stored as they are."""
     zero, row = torch.zeros(64, 48).bfloat16(), tensors()["layers.0.linear.bias"]
-    matrices = {"zero": zero, "minus zero": -zero, "row": row[None], "column": row[:, None], "one": row[:1, None]}
-    others = {"inf": zero - torch.inf, "2^113": zero + 2.0**113, "four": zero.view(2, 4, 8, 48), "none": zero[:0], "scalar": row[0]}
+    matrices = {
+        "zero": zero,
+        "minus zero": -zero,
+        "row": row[None],
+        "column": row[:, None],
+        "one": row[:1, None],
+        "four": zero.view(2, 4, 8, 48),
+    }
+    others = {"inf": zero - torch.inf, "2^113": zero + 2.0**113, "none": zero[:0], "scalar": row[0]}
     others |= {str(dtype)[6:]: torch.arange(6).view(2, 3).to(dtype) for dtype in (torch.float16, torch.float64, torch.complex64)}
     others |= {str(dtype)[6:]: torch.ones(2, 3).to(dtype) for dtype in (torch.bool, torch.uint16, torch.int8, torch.float8_e4m3fn)}
     (tmp_path / "original").mkdir()

@@ -195,7 +195,7 @@ def test_copies_have_weights_of_their_own_and_nothing_is_kept_twice() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(400, 256), nn.Linear(256, 300)).bfloat16().eval()
     modules.compress_(model)
-    streams = [weakref.ref(buffer) for name, buffer in model.named_buffers() if name.endswith("weight")]
+    streams = [weakref.ref(parameter.encoded_exponent) for parameter in model.parameters() if parameter.dim() == 2]
     assert len(streams) == 2
     fuse_(model)
     assert not any(stream() is not None for stream in streams)
@@ -294,7 +294,7 @@ def test_a_step_is_compiled_whole(tmp_path: Path) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("mode", ["exact", "fused"])
 def test_generate_compiles_a_step(tmp_path: Path, mode: Literal["exact", "fused"]) -> None:
-    """Of mode=fused, as it would of the original model: with a static cache, by itself on a GPU."""
+    """As it would of the original model: with a static cache, by itself on a GPU."""
     config = hf.DF11Config(mode=mode)
     model = AutoModelForCausalLM.from_pretrained(build(tmp_path / "original"), dtype=torch.bfloat16, quantization_config=config)
     asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
@@ -304,7 +304,7 @@ def test_generate_compiles_a_step(tmp_path: Path, mode: Literal["exact", "fused"
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert torch.equal(model.generate(IDS, **asked, compile_config=how), expected)
-    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (mode == "fused")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @torch.inference_mode()

@@ -80,6 +80,7 @@ def test_logits_and_ids_are_the_same(tmp_path: Path, name: str) -> None:
     model = load(tmp_path / "compressed")
     linear = sum(isinstance(module, torch.nn.Linear) and module.out_features > 4 for module in model.modules())
     assert len([m for m in model.modules() if modules.compressed_parameters(m)]) >= linear  # routers of 4 experts aside
+    assert model.num_parameters() == expected.num_parameters() and not any(p.requires_grad for p in model.parameters())
     for granularity in runtime.GRANULARITIES:
         runtime.attach(model, granularity)
         assert same_bits(model(IDS).logits, logits)
@@ -190,13 +191,14 @@ def test_a_static_cache_and_inference_mode(llama: tuple[Path, Path]) -> None:
     assert torch.equal(*results)
 
 
-def test_another_dtype_is_refused(llama: tuple[Path, Path]) -> None:
+def test_another_dtype(llama: tuple[Path, Path]) -> None:
+    """Loaded as bf16, cast to an ordinary model."""
     with pytest.raises(ValueError, match="bfloat16"):
         load(llama[1], dtype=torch.float16)
-    with pytest.raises(ValueError, match="not supported"):
-        load(llama[1]).float()
-    with pytest.raises(runtime.CompressedModelError, match="keep the model in torch"):
-        load(llama[1]).to(torch.float32)(IDS)
+    expected = load(llama[0]).float()(IDS).logits
+    for model in (load(llama[1]).float(), load(llama[1]).to(torch.float32)):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert torch.equal(model(IDS).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -224,18 +226,19 @@ def test_a_model_that_transformers_does_not_know_is_told(
     assert [row["name"] for row in checkpoint.summary(tmp_path / "compressed") if row["compressed"]] == ["a.weight"]
 
 
-def test_compressed_tensors_that_the_model_does_not_have_are_named(llama: tuple[Path, Path], tmp_path: Path) -> None:
+def test_compressed_tensors_that_the_model_does_not_have_are_reported(llama: tuple[Path, Path], tmp_path: Path) -> None:
     original = SafetensorsSource(llama[0])
     tensors = {info.name: original.read(info.name) for info in original.tensors()} | {"extra.weight": torch.ones(64, 64).bfloat16()}
     (tmp_path / "original").mkdir()
     save_file(tensors, tmp_path / "original" / "model.safetensors", {"format": "pt"})
     shutil.copy(llama[0] / "config.json", tmp_path / "original")
     checkpoint.compress(tmp_path / "original", tmp_path / "all")
-    with pytest.raises(ValueError, match=r"extra\.weight is compressed, but Llama.* --exclude 'extra\.weight'"):
-        load(tmp_path / "all")
-    for name, options in (("excluded", {"exclude": ("extra.weight",)}), ("loadable", {"loadable": hf.parameter_names})):
-        checkpoint.compress(tmp_path / "original", tmp_path / name, **options)  # type: ignore[arg-type]
-        assert same_bits(load(tmp_path / name)(IDS).logits, load(llama[0])(IDS).logits)
+    checkpoint.compress(tmp_path / "original", tmp_path / "loadable", loadable=hf.parameter_names)
+    expected = load(llama[0])(IDS).logits
+    for name in ("original", "all", "loadable"):
+        model, report = load(tmp_path / name, output_loading_info=True)  # type: ignore[misc]
+        assert any(key.startswith("extra.weight") for key in report["unexpected_keys"]) and not report["missing_keys"]
+        assert same_bits(model(IDS).logits, expected)
 
 
 def test_options_that_would_do_nothing(llama: tuple[Path, Path]) -> None:

@@ -98,14 +98,15 @@ def test_a_compiled_fused_model_gives_the_same_bits(llama: tuple[Path, Path]) ->
             assert same_bits(compiled(ids.cuda(), use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("mode", ["exact", "fused"])
 @pytest.mark.parametrize("batch", [1, 9])
-def test_generate_with_a_static_cache(llama: tuple[Path, Path], batch: int) -> None:
+def test_generate_with_a_static_cache(llama: tuple[Path, Path], batch: int, mode: str) -> None:
     """transformers then compiles a step and captures it in a CUDA graph: where inductor rounds nothing in between, the same ids."""
     import transformers
 
     from df11 import hf
 
-    config = hf.DF11Config(mode="fused")
+    config = hf.DF11Config(mode=mode)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama[0], device_map="cuda", quantization_config=config)
     ids = torch.arange(3, 3 + 10 * batch, device="cuda").view(batch, 10)
     asked: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}

@@ -99,8 +99,8 @@ class WeightSource(Protocol):
 
 
 def is_matrix(dtype: str | torch.dtype, shape: Sequence[int]) -> bool:
-    """Whether a tensor is one that is compressed: bf16 (as safetensors or torch spells it), two or three dimensions, not empty."""
-    return dtype in ("BF16", torch.bfloat16) and len(shape) in (2, 3) and 0 not in shape
+    """Whether a tensor is one that is compressed: bf16 (as safetensors or torch spells it), two dimensions or more, not empty."""
+    return dtype in ("BF16", torch.bfloat16) and len(shape) > 1 and 0 not in shape
 
 
 def is_selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
@@ -132,7 +132,7 @@ def split_units(
 
     Only matrices (`is_matrix`), and of them the `wanted` ones, are compressed. All of one transformer block, `...layers.<i>.`,
     `...h.<i>.` or `...blocks.<i>.`, are one unit, as the paper decompresses a block at once. Outside of the blocks each
-    matrix is its own unit: lm_head, embedding, or any other linear layer. Norms, biases, other dtypes and convolutions stay.
+    matrix is its own unit: lm_head, embedding, or any other linear layer. Norms, biases and other dtypes stay.
 
     With `sample_blocks=n`, blocks with the same prefix and the same tensor names, shapes and dtypes form a group, of which
     the first n stand for all (`Unit.repeats`); a block that differs, as the first dense ones of a mixture of experts, is

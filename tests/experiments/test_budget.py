@@ -12,7 +12,7 @@ import torch
 import transformers
 from omegaconf import DictConfig
 
-from df11 import hf
+from df11 import hf, modules
 from experiments import budget, generation_length, offload
 from experiments.budget import MIB, Budget, Sizes
 from experiments.config import Config
@@ -265,7 +265,7 @@ def test_generation_length_finds_where_memory_ends(
     most = {"bf16": 320, "dfloat11": 384, "tiled": 448}
 
     def decode_or_fail(model: torch.nn.Module, cfg: Config, tokens: int, limits: Budget | None = None) -> Any:
-        own = most["tiled" if hf.is_fused(model) else "dfloat11" if hf.compressed_parameters(model.lm_head) else "bf16"]
+        own = most["tiled" if hf.is_fused(model) else "dfloat11" if modules.is_compressed(model) else "bf16"]
         if tokens > own:
             raise torch.cuda.OutOfMemoryError("full")
         Card.peak = Budget(34 * MIB, 0).limit - (own - tokens) * kv

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from df11 import hf, modules, runtime
+from df11.tensors import CompressedTensor
 from experiments import losslessness
 from experiments.decoding import Decoder
 from experiments.harness import timing
@@ -26,7 +27,8 @@ def geometry(tied: bool) -> dict[str, object]:
 def test_a_model_made_compressed_decodes_as_the_original(tied: bool) -> None:
     original = hf.build(geometry(tied), 1, "cpu")
     model = hf.build(geometry(tied), 1, "cpu", modules.compress_own_)
-    assert not [name for name, p in model.named_parameters() if p.dim() > 1]
+    assert all(isinstance(p, CompressedTensor) and p.is_compressed for p in model.parameters() if p.dim() > 1)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     runtime.attach(model)
     ids = Decoder(original, 2, 20).tokens(IDS, 8)
     assert torch.equal(Decoder(model, 2, 20).tokens(IDS, 8), ids)

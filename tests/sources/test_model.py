@@ -8,8 +8,12 @@ from tests.sources.common import info
 
 
 def test_what_is_compressed() -> None:
-    assert all(is_matrix(dtype, shape) for dtype in ("BF16", torch.bfloat16) for shape in ((2, 3), (2, 3, 4), torch.Size((1, 1))))
-    assert not any(is_matrix("BF16", shape) for shape in ((), (6,), (2, 3, 4, 5), (0, 3), (2, 0, 3)))
+    assert all(
+        is_matrix(dtype, shape)
+        for dtype in ("BF16", torch.bfloat16)
+        for shape in ((2, 3), (2, 3, 4), (2, 3, 4, 5), torch.Size((1, 1)))
+    )
+    assert not any(is_matrix("BF16", shape) for shape in ((), (6,), (0, 3), (2, 0, 3), (0, 3, 4, 5)))
     assert not any(is_matrix(dtype, (2, 3)) for dtype in ("F16", "F32", torch.float16, torch.float32))
     assert is_selected("a.b", (), ()) and is_selected("a.b", ("x", "a.*"), ("b",)) and not is_selected("a.b", ("x",), ())
     assert (
@@ -48,7 +52,7 @@ def test_units_of_common_names() -> None:
         info("visual.patch.weight", 4, 3, 2, 2),
         info("merger.mlp.weight", 4, 4),
     ]
-    assert names_and_kinds(vision) == [("visual.blocks.3", "block"), ("merger.mlp", "linear")]
+    assert names_and_kinds(vision) == [("visual.blocks.3", "block"), ("visual.patch", "linear"), ("merger.mlp", "linear")]
     assert names_and_kinds([info("gpt_neox.embed_in.weight", 4, 4), info("embed_out.weight", 4, 4)]) == [
         ("gpt_neox.embed_in", "embedding"),
         ("embed_out", "lm_head"),
