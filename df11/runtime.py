@@ -212,11 +212,11 @@ def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", p
         workspace.largest = max((aligned(2 * tensor.numel()) for tensor in inside(model)), default=0)
     owned = [_Owner(module, tensors, workspace, decode) for module, tensors in chosen]
     _assign(model, {id(owner.module): owner for owner in owned}, 0)
+    if prefetch:  # what runs inside of another would take the buffer of the next
+        owned = [owner for owner in owned if not owner.start]
     ahead = _Ahead(owned) if prefetch else None
     for index, owner in enumerate(owned):
         if prefetch:
-            if owner.start:
-                raise ValueError(f"{type(owner.module).__name__} runs inside of another module with weights: prefetch=False")
             owner.buffer = index % 2
         workspace.reserve(owner.buffer, owner.start + owner.nbytes)
     handles: list[Any] = []
