@@ -138,6 +138,15 @@ class DF11Quantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("dtype") not in (None, "auto", torch.bfloat16):
             raise ValueError(f"dtype={kwargs['dtype']}: the compressed weights are bfloat16; leave dtype out")
+        # Called again when "auto" has become a map.
+        self.update_device_map(kwargs.get("device_map"))
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """In place. What shall stay on the disk is mapped into memory from its file, as safetensors does for the CPU: accelerate
+        would read single arrays of it as weights."""
+        if self.pre_quantized and isinstance(device_map, dict):
+            device_map.update((name, "cpu") for name, place in device_map.items() if place == "disk")
+        return device_map
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         if dtype not in (None, torch.bfloat16):

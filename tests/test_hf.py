@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -314,3 +315,21 @@ def test_either_import_order_works(llama: tuple[Path, Path], order: str) -> None
     code = f"{order}\nimport sys, transformers, torch\nm = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
     code += "from df11 import modules; assert modules.is_compressed(m); m(torch.tensor([[3, 4]]))"
     subprocess.run([sys.executable, "-c", code, str(llama[1])], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("way", ["disk", "cpu_offload", "disk_offload"])
+def test_accelerate_offloads(llama: tuple[Path, Path], tmp_path: Path, way: str) -> None:
+    expected = load(llama[0])(IDS).logits
+    if way == "disk":
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+        model = load(llama[1], device_map={**places, "lm_head": "disk", "model.rotary_emb": "cpu"})
+    else:
+        model = load(llama[1])
+        assert modules.is_compressed(model)
+        accelerate.cpu_offload(model) if way == "cpu_offload" else accelerate.disk_offload(model, tmp_path / "offloaded")
+        assert model.lm_head.weight.is_meta
+    for _ in range(2):
+        assert same_bits(model(IDS).logits, expected)
+    if way == "disk":
+        model.save_pretrained(tmp_path / "saved")
+        assert same_bits(load(tmp_path / "saved")(IDS).logits, expected)
