@@ -234,6 +234,7 @@ class DF11Quantizer(HfQuantizer):
             raise CompressedModelError("a fused model has no way back: load it with mode='exact', then dequantize()")
         detach(model)
         decompress_(model)
+        model.__dict__.pop("_weight_conversions", None)  # now they can be undone on saving
         return model
 
     @property

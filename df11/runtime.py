@@ -124,12 +124,12 @@ class _Owner:
         for one, units, offset in zip(self.stored, self._units, self._offsets, strict=True):
             raw = units[0].raw
             view = memory[offset : offset + 2 * one.numel].view(torch.bfloat16) if raw is None else raw
-            self._views.append(view)
+            self._views.append(view.view(one.shape))
 
     def show(self) -> None:
         """Lend the weights to their tensors, on the current stream."""
         for one, view in zip(self.stored, self._views, strict=True):
-            one.held = Held.here(view)
+            one.held = Held(view)
 
     def hide(self) -> None:
         for one in self.stored:
@@ -139,7 +139,7 @@ class _Owner:
 
 
 def _each(units: list[CompressedUnit], weights: torch.Tensor) -> Iterator[tuple[CompressedUnit, torch.Tensor]]:
-    return zip(units, weights.chunk(len(units)), strict=True)
+    return zip(units, weights.view(-1).chunk(len(units)), strict=True)
 
 
 class _Ahead:

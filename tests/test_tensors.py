@@ -232,8 +232,7 @@ def test_spawned_processes() -> None:
 
 def test_what_is_lent_is_for_one_thread() -> None:
     tensor = CompressedTensor(WEIGHTS["matrix"])
-    lent = torch.zeros(tensor.numel(), dtype=torch.bfloat16)
-    tensor._stored.held = Held.here(lent)
+    tensor._stored.held = Held(torch.zeros(tensor.shape, dtype=torch.bfloat16))
     assert not (tensor + 0).any() and same(dense(tensor), WEIGHTS["matrix"])
     with ThreadPoolExecutor(1) as pool:
         assert same(pool.submit(lambda: dense(tensor + 0)).result(), WEIGHTS["matrix"])

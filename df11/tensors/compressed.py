@@ -63,6 +63,8 @@ class CompressedTensor(torch.Tensor):
 
         device: where it computes, which may be another than the arrays' (weights that wait in host memory).
         """
+        if device is not None and device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         made: CompressedTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             torch.Size(size),
@@ -115,7 +117,9 @@ class CompressedTensor(torch.Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READERS and not torch.compiler.is_compiling() and not _needs_gradient(args, kwargs):
-                args, kwargs = tuple(map(_readable, args)), {name: _readable(value) for name, value in kwargs.items()}
+                args = tuple([a._decompressed() if type(a) is cls else a for a in args])
+                if kwargs:
+                    kwargs = {name: a._decompressed() if type(a) is cls else a for name, a in kwargs.items()}
             return func(*args, **kwargs)
 
     @classmethod
@@ -142,10 +146,9 @@ class CompressedTensor(torch.Tensor):
         after: a tensor that the operator reads too. In a traced graph the weights are then decompressed behind it: in a backward
         anew, where a compiler would otherwise keep them from the forward.
         """
-        stored = self._stored
-        held = stored.held
-        if held is not None and not stored.is_traced and held.is_for_caller():
-            return self._seen_in(held.weights, 0)
+        held = self._stored.held
+        if held is not None and held.is_for_caller():
+            return held.weights if self._whole is not None else self._seen_in(held.weights.view(-1), 0)
         return self._decompressed_anew(after)
 
     def _decompressed_anew(self, after: torch.Tensor | None = None) -> torch.Tensor:
@@ -310,15 +313,11 @@ torch.serialization.add_safe_globals([CompressedTensor, Stored, _rebuild])
 
 def _needs_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether autograd would keep an argument; and embeddings that renormalise write into theirs."""
-    if kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None):
+    if len(args) > 3 or kwargs.get("max_norm") is not None:
         return True
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(a, torch.Tensor) and a.requires_grad for a in (*args, *kwargs.values()))
-
-
-def _readable(argument: Any) -> Any:
-    return argument._decompressed() if isinstance(argument, CompressedTensor) else argument
 
 
 def _view(

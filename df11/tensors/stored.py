@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,26 +16,23 @@ from df11.ops import CompressedUnit
 SMALLEST_SIDE = 16  # of a matrix in a stack: what is smaller, such as a convolution's kernels, is no matrix of its own
 
 
-@dataclass(frozen=True)
 class Held:
-    """Decompressed weights that somebody lends, bf16[numel]: to one thread and, on a GPU, one stream."""
+    """Decompressed weights that somebody lends, bf16 of the stored shape: to one thread and, on a GPU, one stream."""
 
-    weights: torch.Tensor
-    thread: int
-    stream: int
+    __slots__ = ("_index", "_stream", "_thread", "weights")
 
-    @classmethod
-    def here(cls, weights: torch.Tensor) -> Held:
+    def __init__(self, weights: torch.Tensor) -> None:
         """Lent to the current thread on its current stream."""
-        return cls(weights, threading.get_ident(), _stream(weights))
+        self.weights = weights
+        self._thread, self._index = threading.get_ident(), weights.get_device()
+        self._stream = self._current()
 
     def is_for_caller(self) -> bool:
-        return self.thread == threading.get_ident() and self.stream == _stream(self.weights)
+        return self._thread == threading.get_ident() and (self._index < 0 or self._stream == self._current())
 
-
-def _stream(weights: torch.Tensor) -> int:
-    found: int = torch._C._cuda_getCurrentRawStream(weights.get_device()) if weights.is_cuda else 0
-    return found
+    def _current(self) -> int:
+        found: int = torch._C._cuda_getCurrentRawStream(self._index) if self._index >= 0 else 0
+        return found
 
 
 class Stored:
