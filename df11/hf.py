@@ -133,20 +133,20 @@ class DF11Quantizer(HfQuantizer):
 
     quantization_config: DF11Config
     _released: _Released | None = None
-    _stored: Mapping[str, int] = {}  # bytes of each compressed tensor of the checkpoint, by its name there
+    _sizes: Mapping[str, int] = {}  # bytes of each compressed tensor of the checkpoint, by its name there
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("dtype") not in (None, "auto", torch.bfloat16):
             raise ValueError(f"dtype={kwargs['dtype']}: the compressed weights are bfloat16; leave dtype out")
-        # Called again when "auto" has become a map.
-        self.update_device_map(kwargs.get("device_map"))
+        if kwargs.keys() == {"device_map"}:  # the second call: the map is transformers' own, made of "auto"
+            kwargs["device_map"].update(self.update_device_map(kwargs["device_map"]))
 
     def update_device_map(self, device_map: Any) -> Any:
-        """In place. What shall stay on the disk is mapped into memory from its file, as safetensors does for the CPU: accelerate
-        would read single arrays of it as weights."""
-        if self.pre_quantized and isinstance(device_map, dict):
-            device_map.update((name, "cpu") for name, place in device_map.items() if place == "disk")
-        return device_map
+        """What shall stay on the disk is mapped into memory from its file, as safetensors does for the CPU: accelerate would read
+        single arrays of it as weights."""
+        if not (self.pre_quantized and isinstance(device_map, dict)):
+            return device_map
+        return {name: "cpu" if place == "disk" else place for name, place in device_map.items()}
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         if dtype not in (None, torch.bfloat16):
@@ -174,20 +174,20 @@ class DF11Quantizer(HfQuantizer):
         for file in checkpoint_files:
             sizes |= {info.name: info.nbytes for info in SafetensorsSource(Path(file)).tensors()}
         names = [name.removesuffix("_luts") for name in sizes if name.endswith("_luts")]
-        self._stored = {name: sum(sizes.get(f"{name}_{part}", 0) for part in PARTS) + sizes[name] for name in names}
+        self._sizes = {name: sum(sizes.get(f"{name}_{part}", 0) for part in PARTS) + sizes[name] for name in names}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
         """The model's own, then what makes a tensor of stored arrays. (transformers 5.17 names no model.)"""
-        if not self._stored:
+        if not self._sizes:
             return weight_conversions
-        names = "|".join(map(re.escape, self._stored))
+        names = "|".join(map(re.escape, self._sizes))
         sources = [rf"^({names})$", *(rf"^({names})_{part}$" for part in PARTS)]
         return [*weight_conversions, WeightConverter(sources, r"\1", [_Assemble()])]
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         """Bytes a weight, for whoever shares out memory before anything is loaded."""
-        if param_name in self._stored and param.numel():
-            return self._stored[param_name] / param.numel()
+        if param_name in self._sizes and param.numel():
+            return self._sizes[param_name] / param.numel()
         return param.element_size()
 
     def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **kwargs: Any) -> None:

@@ -86,6 +86,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3.5": ("Qwen3_5ForCausalLM", "qwen3_5_text", LINEAR),
     "qwen3.5 moe": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", LINEAR | EXPERTS | {"shared_expert_intermediate_size": 32}),
     "qwen3-next": ("Qwen3NextForCausalLM", "qwen3_next", LINEAR | EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "laguna": ("LagunaForCausalLM", "laguna", EXPERTS | {"head_dim": 16, "shared_expert_intermediate_size": 32}),
     "lfm2": ("Lfm2ForCausalLM", "lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),
     "lfm2 moe": ("Lfm2MoeForCausalLM", "lfm2_moe", EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "falcon-h1": ("FalconH1ForCausalLM", "falcon_h1", MAMBA | {"mamba_d_ssm": 128, "head_dim": 16}),
@@ -635,6 +636,53 @@ def test_copies(pair: tuple[Any, Any], again: Callable[[Any, Path], Any], attach
     assert not same(results(model), expected)
 
 
+def test_saved(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    original, model = pair
+    model.save_pretrained(tmp_path / "saved")
+    assert same(results(load(tmp_path / "saved")), results(original))
+
+
+def test_state_dicts_fit_one_another(pair: tuple[Any, Any]) -> None:
+    original, model = pair
+    expected = results(original)
+    for source, target in ((original, model), (model, original)):
+        with torch.no_grad():
+            for p in target.parameters():
+                p.zero_()
+        assert not same(results(target), expected)
+        target.load_state_dict(source.state_dict())
+        assert same(results(target), expected)
+    assert modules.is_compressed(model) and not modules.is_compressed(original)
+
+
+def test_weights_are_written(pair: tuple[Any, Any]) -> None:
+    before = results(pair[0])
+    with torch.no_grad():
+        for one in pair:
+            one.model.layers[0].mlp.up_proj.weight.mul_(2)
+            one.model.layers[1].mlp.up_proj.weight.data[3, 4] = 2
+            one.model.embed_tokens.weight[3:9].add_(1)
+            one.lm_head.weight.data = one.lm_head.weight.data.roll(1)
+    original, model = pair
+    assert modules.is_compressed(model)
+    assert same(results(model), results(original)) and not same(results(original), before)
+
+
+def test_all_weights_are_trained(pair: tuple[Any, Any]) -> None:
+    before = copy.deepcopy(pair[0].state_dict())
+    for one in pair:
+        one.requires_grad_(True)
+        optimizer = torch.optim.AdamW(one.parameters(), lr=0.01)
+        for _ in range(2):
+            gradients(one)
+            nn.utils.clip_grad_norm_(one.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    original, model = pair
+    assert modules.is_compressed(model)
+    assert same(model.state_dict(), original.state_dict()) and not same(before, original.state_dict())
+
+
 def _logits(model: Any) -> Any:
     torch.set_num_threads(1)
     with torch.no_grad():
@@ -759,6 +807,9 @@ def test_adapters_are_loaded(name: str, adapter: str, tiny: Callable[[str], Path
         assert kinds[0] == kinds[1]
         found, expected = model(input_ids=IDS).logits, original(input_ids=IDS).logits
         assert same(found, expected) and not same(found, plain)
+        runtime.attach(model, "block")
+        with torch.no_grad():
+            assert same(model(input_ids=IDS).logits, expected)
         found, expected = (one.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=3) for one in (model, original))
         assert torch.equal(found, expected)
 
