@@ -71,6 +71,7 @@ OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
     "clone": lambda w: w.clone(),
     "flatten": lambda w: w.permute(*reversed(range(w.dim()))).flatten(),
     "numbers": lambda w: (w.dim(), w.numel(), w.element_size(), w.is_contiguous(), w.storage_offset(), w.dtype, w.device, w.nbytes),
+    "dropout": lambda w: functional.dropout(w, training=False),
     "list": lambda w: torch.nan_to_num(w).tolist(),
 }
 
@@ -347,3 +348,16 @@ def test_refusals_are_one_sentence() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         tensor.nothing  # noqa: B018
     assert "40, 64" in repr(tensor) and "bytes stored" in repr(tensor)
+
+
+@torch.inference_mode()
+def test_nothing_that_is_lent_gets_away() -> None:
+    """Also by operators that may return their argument as it is."""
+    weights = WEIGHTS["matrix"].clone()
+    tensor = CompressedTensor(weights)
+    lent = weights.clone()
+    tensor._stored.held = Held(lent)
+    kept = [work(tensor) for work in (VIEWS | OTHERS).values()]
+    tensor._stored.held = None
+    lent.zero_()
+    assert all(same(found, work(weights)) for found, work in zip(kept, (VIEWS | OTHERS).values(), strict=True))

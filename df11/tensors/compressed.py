@@ -130,10 +130,11 @@ class CompressedTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if own := _OWN.get(func):
                 return own(func, *args, **kwargs)
-            if func.is_view and isinstance(args[0], cls):
-                # What torch composes of others (`to`, `reshape`) comes here in inference mode only.
-                composed = func.decompose(*args, **kwargs)
-                return _viewed(func, *args, **kwargs) if composed is NotImplemented else composed
+            # What torch composes of others (`to`, `reshape`) comes here in inference mode only.
+            if (composed := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return composed
+            if func.is_view and args and isinstance(args[0], cls):
+                return _viewed(func, *args, **kwargs)
             if func._schema.is_mutable:
                 return _written(func, args, kwargs)
             after = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and not isinstance(a, cls)), None)
@@ -200,7 +201,7 @@ class CompressedTensor(torch.Tensor):
     # What torch's own methods cannot do without a storage.
 
     def data_ptr(self) -> int:
-        """No address: a number that equal weights share and that nothing can read from."""
+        """No address, but a number of what is stored, which tied weights share: nothing can read there."""
         return -1 - id(self._stored)
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -313,7 +314,7 @@ torch.serialization.add_safe_globals([CompressedTensor, Stored, _rebuild])
 
 def _needs_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether autograd would keep an argument; and embeddings that renormalise write into theirs."""
-    if len(args) > 3 or kwargs.get("max_norm") is not None:
+    if kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None):
         return True
     if not torch.is_grad_enabled():
         return False
@@ -343,7 +344,7 @@ def _transposed(func: Any, tensor: CompressedTensor, first: int = 0, second: int
 
 
 def _viewed(func: Any, tensor: CompressedTensor, *args: Any, **kwargs: Any) -> Any:
-    """Any other view: where it would lie in the weights is asked of the operator itself, without any."""
+    """Any other view: the operator itself says on a tensor without memory where in the weights it lies."""
     with _disable_current_modes():
         whole = torch.empty(tensor._stored.numel, dtype=torch.bfloat16, device="meta").view(tensor.dtype)
         found = func(whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()), *args, **kwargs)
