@@ -24,7 +24,7 @@ from df11 import released_checkpoint
 from df11.checkpoint import MODES, QUANT_METHOD, REMOTE, VERSION, CheckpointError
 from df11.formats.dfloat11 import ARRAYS, PARTS
 from df11.fused import fuse_, is_fused
-from df11.modules import compress_, compress_own_, decompress_
+from df11.modules import compress_, compress_own_, decompress_, is_compressed
 from df11.ops import CompressedUnit, encode_each
 from df11.runtime import CompressedModelError, attach, detach
 from df11.sources.files import SafetensorsSource
@@ -104,7 +104,8 @@ class DF11Config(QuantizationConfigMixin):
 
     include, exclude: shell patterns of parameter names. mode: `exact`, logits bit-identical to the original's; `fused`, linear
     layers are transcoded to the tiled layout, for products that do not decompress (df11/fused.py). granularity: what is
-    decompressed at a time in exact mode, `layer` or `block`.
+    decompressed at a time in exact mode, `layer` or `block`. own_names: written by save_pretrained, which keeps the model's names:
+    transformers has nothing to rename or merge.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class DF11Config(QuantizationConfigMixin):
         granularity: str = "layer",
         mode: str = "exact",
         version: int = VERSION,
+        own_names: bool = False,
         **kwargs: Any,
     ) -> None:
         if version != VERSION:
@@ -124,7 +126,7 @@ class DF11Config(QuantizationConfigMixin):
             raise ValueError(f"{', '.join(sorted(unknown))}: DF11Config takes include, exclude, granularity and mode")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.include, self.exclude = ((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude))
-        self.granularity, self.mode, self.version = granularity, mode, version
+        self.granularity, self.mode, self.version, self.own_names = granularity, mode, version, own_names
 
 
 @register_quantizer(QUANT_METHOD)
@@ -180,6 +182,8 @@ class DF11Quantizer(HfQuantizer):
         """The model's own, then what makes a tensor of stored arrays. (transformers 5.17 names no model.)"""
         if not self._sizes:
             return weight_conversions
+        if self.quantization_config.own_names:  # some renamings would change what they have made
+            weight_conversions = []
         names = "|".join(map(re.escape, self._sizes))
         sources = [rf"^({names})$", *(rf"^({names})_{part}$" for part in PARTS)]
         return [*weight_conversions, WeightConverter(sources, r"\1", [_Assemble()])]
@@ -196,7 +200,7 @@ class DF11Quantizer(HfQuantizer):
         if not self.pre_quantized:
             compress_(model, self.quantization_config.include, self.quantization_config.exclude)
         # Saved under the names that the model has: what transformers merged or renamed on loading cannot be undone on streams.
-        model.__dict__["_weight_conversions"] = []
+        self._keep_names(model)
         # Nor is the file that remote code names saved with the model.
         code = str((getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
         if code.rpartition("--")[2].startswith(f"{REMOTE}."):
@@ -211,6 +215,10 @@ class DF11Quantizer(HfQuantizer):
             fuse_(model)
         elif self.quantization_config.granularity != "layer":
             attach(model, self.quantization_config.granularity)
+
+    def _keep_names(self, model: nn.Module) -> None:
+        model.__dict__["_weight_conversions"] = []
+        self.quantization_config.own_names = True
 
     def get_state_dict_and_metadata(self, model: transformers.PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What save_pretrained writes: the stored arrays of compressed weights, tied ones once."""
@@ -235,7 +243,7 @@ class DF11Quantizer(HfQuantizer):
         detach(model)
         decompress_(model)
         model.__dict__.pop("_weight_conversions", None)  # now they can be undone on saving
-        return model
+        return model.requires_grad_(True)
 
     @property
     def is_compileable(self) -> bool:
@@ -311,6 +319,20 @@ def _footprint(self: transformers.PreTrainedModel, return_buffers: bool = True) 
     return size + sum(p.stored_bytes - p.nbytes for p in compressed)
 
 
+_plain_save = transformers.PreTrainedModel.save_pretrained
+
+
+@functools.wraps(_plain_save)
+def _save(self: transformers.PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """What `compress_` compressed has no quantizer yet that knows how to write it."""
+    if getattr(self, "hf_quantizer", None) is None and is_compressed(self):
+        quantizer = DF11Quantizer(DF11Config())
+        quantizer._keep_names(self)
+        self.__dict__["hf_quantizer"], self.config.quantization_config = quantizer, quantizer.quantization_config
+    _plain_save(self, *args, **kwargs)
+
+
+transformers.PreTrainedModel.save_pretrained = _save  # type: ignore[method-assign]
 transformers.PreTrainedModel.get_memory_footprint = _footprint  # type: ignore[method-assign]  # it multiplies weights by width
 
 

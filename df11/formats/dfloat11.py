@@ -16,6 +16,7 @@ marked as such; `strict=True` refuses it. docs/format.md has the layout to the b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ class DFloat11(Codec):
     def _decoded(self, unit: DFloat11Unit) -> Iterator[np.ndarray]:
         positions = unit.output_positions.astype(np.int64)
         blocks, step = len(positions) - 1, 256  # some 3 million weights a task
-        table = window_table(unit.luts)
+        table = _table(unit.luts.tobytes())
         gaps = unpack_gaps(unit.gaps)
 
         def decode_blocks(first: int) -> tuple[int, np.ndarray]:
@@ -239,6 +240,12 @@ class DFloat11(Codec):
                 if bad >= 0:
                     raise FormatError(f"encoded_exponent: block {bad} of {blocks} does not decode as its gaps and position say")
                 yield out
+
+
+@functools.lru_cache(maxsize=256)
+def _table(luts: bytes) -> np.ndarray:
+    """Of tables that are asked for again each time a model reads a weight; to be read only."""
+    return window_table(np.frombuffer(luts, np.uint8).reshape(-1, 256))
 
 
 def raw_unit(shapes: tuple[tuple[int, ...], ...], raw: np.ndarray, checksum: str) -> DFloat11Unit:
