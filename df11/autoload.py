@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-TRIGGER = "transformers.modeling_utils"  # needs the registry of quantizers, and any model needs it
+REGISTRY = "transformers.quantizers"  # whoever reads how a config is quantised needs it
+MODELS = "transformers.modeling_utils"  # any model needs it; it imports the registry and cannot be imported meanwhile
 
 
 class _Loader(importlib.abc.Loader):
@@ -23,16 +24,18 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module("df11.hf")
+        if module.__name__ == MODELS or MODELS not in sys.modules:
+            importlib.import_module("df11.hf")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != TRIGGER:
+        if name not in (REGISTRY, MODELS):
             return None
-        sys.meta_path.remove(self)
+        if name == MODELS:
+            sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
@@ -40,7 +43,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    if TRIGGER in sys.modules:
+    if MODELS in sys.modules:
         importlib.import_module("df11.hf")
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

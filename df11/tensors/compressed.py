@@ -103,7 +103,8 @@ class CompressedTensor(torch.Tensor):
         return CompressedTensor.make(stored, size, stride, offset, dtype, device)
 
     def _stable_hash_for_caching(self) -> str:
-        return repr((self.__tensor_flatten__()[1], self.size(), self.stride()))
+        arrays = [(array.dtype, array.shape, array.stride()) for array in self._stored.arrays.values()]
+        return repr((self.__tensor_flatten__()[1], self.size(), self.stride(), self.requires_grad, arrays))
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name in (*ops.ARRAYS, "raw") and name in self._stored.arrays:
@@ -116,7 +117,7 @@ class CompressedTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _READERS and not torch.compiler.is_compiling() and not _needs_gradient(args, kwargs):
+            if func in _READERS and not torch.compiler.is_compiling() and not _needs_autograd(args, kwargs):
                 args = tuple([a._decompressed() if type(a) is cls else a for a in args])
                 if kwargs:
                     kwargs = {name: a._decompressed() if type(a) is cls else a for name, a in kwargs.items()}
@@ -205,7 +206,13 @@ class CompressedTensor(torch.Tensor):
         return -1 - id(self._stored)
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self.decompress().numpy(force=force)
+        """A copy, which cannot be written to: it would not be the weights that are written."""
+        found = self.decompress().numpy(force=force)
+        found.flags.writeable = False
+        return found
+
+    def __dlpack__(self, **asked: Any) -> Any:
+        return self.decompress().__dlpack__(**asked)
 
     def tolist(self) -> Any:
         return self.decompress().tolist()
@@ -225,7 +232,7 @@ class CompressedTensor(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         """Become another tensor: of any shape, dtype and device, compressed or not."""
-        if isinstance(value, CompressedTensor) and value._stored is self._stored and value.shape == self.shape:
+        if isinstance(value, CompressedTensor) and value._stored is self._stored and _place(value) == _place(self):
             return
         other = value.detach()
         if isinstance(self, nn.Parameter):
@@ -238,7 +245,10 @@ class CompressedTensor(torch.Tensor):
             ) from kept
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
-        what = "bf16" if self._stored.raw is not None else f"{self._stored.nbytes} bytes stored"
+        if self._stored.raw is not None or self._stored.is_traced:
+            what = "bf16" if self._stored.raw is not None else "traced"
+        else:
+            what = f"{self._stored.nbytes} bytes stored"
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype}, {self.device}, {what})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedTensor:
@@ -312,9 +322,11 @@ def _rebuild(
 torch.serialization.add_safe_globals([CompressedTensor, Stored, _rebuild])
 
 
-def _needs_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether autograd would keep an argument; and embeddings that renormalise write into theirs."""
-    if kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None):
+def _needs_autograd(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether autograd would keep an argument or derive forward; and embeddings that renormalise, and `out`, are written to."""
+    if kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None) or "out" in kwargs:
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
         return False
@@ -328,7 +340,15 @@ def _view(
     offset: int | torch.SymInt,
     dtype: torch.dtype | None = None,
 ) -> CompressedTensor:
-    return CompressedTensor.make(tensor._stored, size, stride, offset, dtype or tensor.dtype, tensor.device)
+    made = (tensor._stored, size, stride, offset, dtype or tensor.dtype, tensor.device)
+    if torch.is_inference_mode_enabled() and not tensor.is_inference():  # as torch has it, so is the view none
+        with torch.inference_mode(False):
+            return CompressedTensor.make(*made)
+    return CompressedTensor.make(*made)
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
 def _itself(func: Any, tensor: CompressedTensor) -> CompressedTensor:
@@ -407,6 +427,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     writes = {a.name: a.alias_info for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     weights: dict[int, tuple[CompressedTensor, torch.Tensor]] = {}  # all of what is stored, by its identity
+    written = {id(t._stored) for name in writes for t in _tensors(given.get(name)) if isinstance(t, CompressedTensor)}
 
     def writable(tensor: Any) -> Any:
         if not isinstance(tensor, CompressedTensor):
@@ -417,21 +438,30 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             weights[id(tensor._stored)] = tensor, tensor._stored.decode(0, tensor._stored.numel, tensor.device)[0].clone()
         return tensor._seen_in(weights[id(tensor._stored)][1], 0)
 
-    def readable(tensor: Any) -> Any:
-        return tensor._decompressed() if isinstance(tensor, CompressedTensor) else tensor
+    def readable(tensor: Any) -> Any:  # what is read and written is one memory
+        if isinstance(tensor, CompressedTensor):
+            return writable(tensor) if id(tensor._stored) in written else tensor._decompressed()
+        return tensor
 
-    plain = {name: tree_map(writable if name in writes else readable, value) for name, value in given.items()}
-    shapes = [t.size() for name in writes for t in _tensors(given.get(name))]
-    result = func(**plain)
-    if [t.size() for name in writes for t in _tensors(plain.get(name))] != shapes:
+    mine = [t for name in writes for t in _tensors(given.get(name)) if isinstance(t, CompressedTensor)]
+    if mine and (torch.Tag.inplace_view in func.tags or func._schema.name in ("aten::set_", "aten::resize_")):
         raise RuntimeError(f"{func} would change the shape of a compressed weight: set the parameter to another tensor instead")
-    for tensor, written in weights.values():
-        tensor._stored.write(written)
+    plain = {name: tree_map(writable if name in writes else readable, value) for name, value in given.items()}
+    before = [_place(t) for name in writes for t, g in _pairs(plain, given, name) if isinstance(g, CompressedTensor)]
+    result = func(**plain)
+    if [_place(t) for name in writes for t, g in _pairs(plain, given, name) if isinstance(g, CompressedTensor)] != before:
+        raise RuntimeError(f"{func} would change the shape of a compressed weight: set the parameter to another tensor instead")
+    for tensor, changed in weights.values():
+        tensor._stored.write(changed)
     returned = {a for r in func._schema.returns if r.alias_info is not None for a in r.alias_info.before_set}
     originals = [given[name] for name, alias in writes.items() if alias.before_set & returned and name in given]
     if not originals:
         return result
     return originals[0] if len(func._schema.returns) == 1 else tuple(originals)
+
+
+def _pairs(plain: dict[str, Any], given: dict[str, Any], name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(_tensors(plain.get(name)), _tensors(given.get(name)), strict=True))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -443,6 +473,12 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.alias.default: _itself,
     aten.t.default: _transposed,
     aten.transpose.int: _transposed,
+    # Views by what they do, though their schemas do not say so.
+    aten._unsafe_view.default: _viewed,
+    aten.unsafe_split.Tensor: _viewed,
+    aten.unsafe_split_with_sizes.default: _viewed,
+    aten.unsafe_chunk.default: _viewed,
+    aten.lift.default: _itself,
     aten.clone.default: _cloned,
     aten._to_copy.default: _copied_to,
     aten._pin_memory.default: _pinned,

@@ -137,7 +137,7 @@ class Stored:
             return raw, 0
         weights = self.numel // len(self.sizes)
         first, last = start // weights, -(-stop // weights)
-        if self.is_traced:
+        if self.is_traced or torch._C._get_tracing_state():
             arrays = [self.arrays[name] for name in ops.ARRAYS]
             return torch.ops.df11.decode(*arrays, self.sizes, weights, first, last, after), first * weights
         out = torch.empty((last - first) * weights, dtype=torch.bfloat16, device=device)
