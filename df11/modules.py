@@ -154,10 +154,11 @@ class Pool:
 
     def __init__(self, stored: list[Stored], device: torch.device) -> None:
         self.device = device
-        self.stored = stored
-        *self._places, self.nbytes = memory.places(array for one in stored for array in _kept(one).values())
+        self._arrays = [_kept(one) for one in stored]  # as they lie here, whatever is written to the weights later
+        *self._places, self.nbytes = memory.places(array for arrays in self._arrays for array in arrays.values())
         self.memory = _pinned(self.nbytes) if device.type == "cuda" else torch.empty(self.nbytes, dtype=torch.uint8)
-        for one, views in zip(stored, self.views(self.memory), strict=True):
+        self._arrays = self.views(self.memory)
+        for one, views in zip(stored, self._arrays, strict=True):
             for name, array in _kept(one).items():
                 views[name].copy_(array)
             one.assign(Stored(views, one.sizes, one.shape))
@@ -169,7 +170,7 @@ class Pool:
     def views(self, piece: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """Each one's arrays in the pool's memory, or in a copy of it."""
         places = iter(self._places)
-        return [{name: memory.view(piece, next(places), array) for name, array in _kept(one).items()} for one in self.stored]
+        return [{name: memory.view(piece, next(places), array) for name, array in arrays.items()} for arrays in self._arrays]
 
 
 def _kept(stored: Stored) -> dict[str, torch.Tensor]:

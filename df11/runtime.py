@@ -18,7 +18,7 @@ from df11 import ops, released
 from df11.memory import aligned
 from df11.modules import Pool, compressed_parameters, inside
 from df11.ops import CompressedUnit
-from df11.tensors import CompressedTensor, Held
+from df11.tensors import CompressedTensor, Held, Stored
 
 GRANULARITIES = ("layer", "block")
 KERNELS = ("fast", "paper", "released")
@@ -36,6 +36,7 @@ class Workspace:
         self._sizes: list[int] = []  # bytes of each buffer
         self._buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
         self.largest = 0  # bytes of the largest weight, where each is decompressed by itself into memory that torch gives it
+        self.active: list[_Owner] = []  # whose forward is running, the innermost last
         self._users: dict[tuple[torch.device, int], torch.cuda.Stream] = {}  # who used a buffer last
 
     def reserve(self, buffer: int, size: int) -> None:
@@ -80,29 +81,35 @@ class _Owner:
 
     def __init__(self, module: nn.Module, tensors: list[CompressedTensor], workspace: Workspace, decode: Decode) -> None:
         self.module = module
-        self.stored = [tensor._stored for tensor in tensors]
+        self.tensors = tensors
+        self._attached = [tensor._stored.arrays for tensor in tensors]
+        self._coded = [tensor.is_compressed for tensor in tensors]
         self.device = tensors[0].device  # where they are used
         self.pool: Pool | None = module.__dict__.get("_df11_pool")
         self.buffer = 0
         self.start = 0  # in the buffer
         self._workspace = workspace
         self._decode = decode
-        sizes = [aligned(2 * one.numel) if one.raw is None else 0 for one in self.stored]
+        sizes = [aligned(2 * tensor.numel()) if tensor.is_compressed else 0 for tensor in tensors]
         self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self._decoded = sum(sizes)  # bytes
         self.nbytes = self._decoded + (self.pool.nbytes if self.pool else 0)
         self._memory: torch.Tensor | None = None  # as it was when the views were made
         self._arrays: list[object] = []  # and what was stored then
+        self._stored: list[Stored] = []  # of those that are decompressed here
         self._units: list[list[CompressedUnit]] = []
         self._views: list[torch.Tensor] = []
 
     def fill(self) -> None:
         """Decompress, on the current stream."""
+        for other in self._workspace.active:  # a block that calls this one loses what it was lent
+            if other.buffer == self.buffer and other.start < self.start + self.nbytes and self.start < other.start + other.nbytes:
+                other.hide()
         memory = self._workspace.bytes(self.device, self.buffer, self.start, self.nbytes)
         self._workspace.take(self.device, self.buffer)
         if self.pool:
             memory[self._decoded :].copy_(self.pool.memory, non_blocking=True)
-        arrays = [one.arrays for one in self.stored]
+        arrays = [tensor._stored.arrays for tensor in self.tensors]
         here = self._memory is not None and self._memory.data_ptr() == memory.data_ptr()
         if not here or any(a is not b for a, b in zip(arrays, self._arrays, strict=True)):
             self._place(memory)  # after the copy: tables are built from what it brought
@@ -110,29 +117,48 @@ class _Owner:
         coded = [(u, v) for us, v in zip(self._units, self._views, strict=True) if us[0].raw is None for u, v in _each(us, v)]
         self._decode([unit for unit, _ in coded], [view for _, view in coded])
 
+    def is_stale(self) -> bool:
+        """Whether weights were written since they were decompressed."""
+        return any(tensor._stored.arrays is not known for tensor, known in zip(self.tensors, self._arrays, strict=True))
+
+    def _fits(self, index: int) -> bool:
+        """Whether a weight can still be decompressed to its place: not if a write changed how it is stored, nor if it moved."""
+        stored = self.tensors[index]._stored
+        if stored.arrays is self._attached[index]:
+            return True
+        return self.pool is None and (stored.raw is None) == self._coded[index] and stored.device == self.device
+
     def take(self) -> None:
         """Before weights are used that were decompressed on another stream."""
         self._workspace.take(self.device, self.buffer)
 
     def _place(self, memory: torch.Tensor) -> None:
-        self._memory, self._views = memory, []
-        if self.pool:
-            copies = self.pool.views(memory[self._decoded :])
-            self._units = [one.units_of(arrays) for one, arrays in zip(self.stored, copies, strict=True)]
-        else:
-            self._units = [one.units() for one in self.stored]
-        for one, units, offset in zip(self.stored, self._units, self._offsets, strict=True):
+        self._memory, self._views, self._units = memory, [], []
+        self._stored = [tensor._stored for i, tensor in enumerate(self.tensors) if self._fits(i)]
+        copies = self.pool.views(memory[self._decoded :]) if self.pool else []
+        for i, (tensor, offset) in enumerate(zip(self.tensors, self._offsets, strict=True)):
+            if not self._fits(i):
+                continue
+            one = tensor._stored
+            units = one.units_of(copies[i]) if self.pool else one.units()
+            self._units.append(units)
             raw = units[0].raw
             view = memory[offset : offset + 2 * one.numel].view(torch.bfloat16) if raw is None else raw
             self._views.append(view.view(one.shape))
 
     def show(self) -> None:
         """Lend the weights to their tensors, on the current stream."""
-        for one, view in zip(self.stored, self._views, strict=True):
+        self._workspace.active.append(self)
+        for one, view in zip(self._stored, self._views, strict=True):
             one.held = Held(view)
 
+    def leave(self) -> None:
+        self._workspace.active.remove(self)
+        self.hide()
+
     def hide(self) -> None:
-        for one in self.stored:
+        """Lend nothing any more: the tensors decompress themselves."""
+        for one in self._stored:
             one.held = None
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._memory, self._views = None, []  # the next block takes the same place of the graph's memory
@@ -156,7 +182,7 @@ class _Ahead:
         if self._busy:
             torch.cuda.current_stream(owner.device).wait_stream(self._busy)
             self._busy = None
-        if self._held.pop(owner.buffer, None) != index:
+        if self._held.pop(owner.buffer, None) != index or owner.is_stale():
             owner.fill()
         owner.take()
         if index + 1 < len(self.owners):
@@ -221,7 +247,7 @@ def attach(model: nn.Module, granularity: str = "layer", kernel: str = "fast", p
         workspace.reserve(owner.buffer, owner.start + owner.nbytes)
     handles: list[Any] = []
     for index, owner in enumerate(owned):
-        enter, leave = _hooks(owner, index, ahead, workspace.turn)
+        enter, leave = _hooks(owner, index, ahead, workspace)
         handles.append(owner.module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         handles.append(owner.module.register_forward_hook(leave, always_call=True))
     if ahead and owned and not isinstance(owned[0].module, nn.Embedding):  # others run before it
@@ -288,8 +314,8 @@ def _here(module: nn.Module, tensors: Iterable[CompressedTensor]) -> list[Compre
 def _assign(module: nn.Module, owners: dict[int, _Owner], start: int) -> None:
     """Modules may run inside of one another: each owner's weights lie behind those of the owners around it."""
     if owner := owners.get(id(module)):
-        owner.start = start
-        start += owner.nbytes
+        owner.start = max(owner.start, start)  # of a module with two parents
+        start = owner.start + owner.nbytes
     for child in module.children():
         _assign(child, owners, start)
 
@@ -316,8 +342,9 @@ def _ignore(*arguments: object) -> None:
     return None
 
 
-def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, turn: threading.RLock) -> tuple[_Hook, _Hook]:
+def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, workspace: Workspace) -> tuple[_Hook, _Hook]:
     """What decompresses before a module's forward, for the thread whose turn it is, and what takes it back afterwards."""
+    turn = workspace.turn
     mine = threading.local()  # mine.entered: whether each forward that this thread is in has decompressed something
 
     def enter(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -336,7 +363,8 @@ def _hooks(owner: _Owner, index: int, ahead: _Ahead | None, turn: threading.RLoc
 
     def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if mine.entered.pop():
-            owner.hide()
+            if owner in workspace.active:
+                owner.leave()
             turn.release()
 
     return _Hook(enter), _Hook(leave)

@@ -318,3 +318,41 @@ def test_threads_that_share_a_model_wait_for_each_other(granularity: str) -> Non
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(run, range(2))) == [60, 60]
     assert torch.equal(model(inputs[0]), expected[0])
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("offloaded", [True, False])
+@torch.no_grad()
+def test_writes_to_an_attached_model(original: Model, prefetch: bool, offloaded: bool) -> None:
+    """Also to weights that were decompressed ahead, and that wait in host memory; Inf changes how they are stored."""
+    model, x = copy.deepcopy(original), torch.randn(1, 16).bfloat16()
+    compress_(model)
+    if offloaded:
+        offload_(model, 2)
+    attach(model, "block", prefetch=prefetch)
+    for value in (2.0, torch.inf, 0.5):
+        assert same_bits(model.layers[0](x), original.layers[0](x))  # fetches the next block
+        for each in (model, original):
+            each.layers[1].first.weight[3] = value
+            each.layers[1].second.weight.mul_(2)
+        assert same_bits(model.layers[1](x), original.layers[1](x)) and same_bits(model(IDS), original(IDS))
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@torch.no_grad()
+def test_a_block_that_calls_another(original: Model, prefetch: bool) -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.own(x) + original.layers[1](x) + self.own(x)
+
+    torch.manual_seed(1)
+    original.layers[0] = Calls().bfloat16()
+    expected = original(IDS)
+    compress_(original)
+    attach(original, "block", prefetch=prefetch)
+    for _ in range(2):
+        assert same_bits(original(IDS), expected)
