@@ -82,7 +82,7 @@ class _Owner:
     def __init__(self, module: nn.Module, tensors: list[CompressedTensor], workspace: Workspace, decode: Decode) -> None:
         self.module = module
         self.tensors = tensors
-        self._attached = [tensor._stored.arrays for tensor in tensors]
+        self._attached = [(tensor._stored.arrays, tensor.numel()) for tensor in tensors]
         self._coded = [tensor.is_compressed for tensor in tensors]
         self.device = tensors[0].device  # where they are used
         self.pool: Pool | None = module.__dict__.get("_df11_pool")
@@ -109,7 +109,7 @@ class _Owner:
         self._workspace.take(self.device, self.buffer)
         if self.pool:
             memory[self._decoded :].copy_(self.pool.memory, non_blocking=True)
-        arrays = [tensor._stored.arrays for tensor in self.tensors]
+        arrays = [_arrays(tensor) for tensor in self.tensors]
         here = self._memory is not None and self._memory.data_ptr() == memory.data_ptr()
         if not here or any(a is not b for a, b in zip(arrays, self._arrays, strict=True)):
             self._place(memory)  # after the copy: tables are built from what it brought
@@ -119,14 +119,22 @@ class _Owner:
 
     def is_stale(self) -> bool:
         """Whether weights were written since they were decompressed."""
-        return any(tensor._stored.arrays is not known for tensor, known in zip(self.tensors, self._arrays, strict=True))
+        return any(_arrays(tensor) is not known for tensor, known in zip(self.tensors, self._arrays, strict=True))
 
     def _fits(self, index: int) -> bool:
-        """Whether a weight can still be decompressed to its place: not if a write changed how it is stored, nor if it moved."""
-        stored = self.tensors[index]._stored
-        if stored.arrays is self._attached[index]:
+        """Whether a weight can still be decompressed to its place: not if a write changed how it is stored, or it moved."""
+        (arrays, numel), tensor = self._attached[index], self.tensors[index]
+        if _arrays(tensor) is None:
+            return False
+        stored = tensor._stored
+        if stored.arrays is arrays:
             return True
-        return self.pool is None and (stored.raw is None) == self._coded[index] and stored.device == self.device
+        return (
+            self.pool is None
+            and stored.numel == numel
+            and (stored.raw is None) == self._coded[index]
+            and stored.device == self.device
+        )
 
     def take(self) -> None:
         """Before weights are used that were decompressed on another stream."""
@@ -162,6 +170,11 @@ class _Owner:
             one.held = None
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._memory, self._views = None, []  # the next block takes the same place of the graph's memory
+
+
+def _arrays(tensor: torch.Tensor) -> object:
+    """What is stored of it; None where `.data =` or a cast has made it an ordinary tensor."""
+    return tensor._stored.arrays if isinstance(tensor, CompressedTensor) else None
 
 
 def _each(units: list[CompressedUnit], weights: torch.Tensor) -> Iterator[tuple[CompressedUnit, torch.Tensor]]:
