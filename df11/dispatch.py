@@ -42,16 +42,11 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
     Numbers of rows of x up to the same of BUCKETS share an entry of the table. One that it lacks is timed here, but not while a
     CUDA graph is captured: then as many as a product takes are taken to be faster fused, and more decompressed at once.
     """
-    if torch.compiler.is_compiling():  # what is chosen when is no business of the compiler's
-        y: torch.Tensor = torch.ops.df11.linear(x, weight.arrays, weight.uppers, *weight.shape, bias)
-        return y
-    ways: Ways = {
-        "fused": lambda weight: fused(weight, x, bias),
-        "mma": lambda weight: weight.linear(x, bias, wgmma=False),
-        "decompress": lambda weight: dense_linear(x, weight.decompress(), bias),
-        "sliced": lambda weight: sliced(weight, x, bias, slice_rows(weight, x.device)),
-    }
-    return ways[choose(weight, x, ways)](weight)
+    shape = weight.shape
+    batch = x.numel() // shape[1]
+    key = *shape, batch if batch < BUCKETS[-1] else BUCKETS[-1], x.get_device()
+    way = _chosen.get(key) or _choose(key, weight, x, bias)
+    return way(weight, x, bias)
 
 
 @torch.library.impl("df11::linear", "CompositeExplicitAutograd")
@@ -59,6 +54,24 @@ def _linear(
     x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     return linear(TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers), x, bias)
+
+
+Way = Callable[..., torch.Tensor]  # of a weight, x and a bias or None
+WAYS: dict[str, Way] = {
+    "fused": lambda weight, x, bias: fused(weight, x, bias),
+    "mma": lambda weight, x, bias: weight.linear(x, bias, wgmma=False),
+    "decompress": lambda weight, x, bias: dense_linear(x, weight.decompress(), bias),
+    "sliced": lambda weight, x, bias: sliced(weight, x, bias, slice_rows(weight, x.device)),
+}
+_chosen: dict[tuple[int, int, int, int], Way] = {}  # by rows, columns, rows of x, GPU: the host's time counts at every call
+
+
+def _choose(key: tuple[int, int, int, int], weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None) -> Way:
+    name = choose(weight, x, {name: functools.partial(way, x=x, bias=bias) for name, way in WAYS.items()})
+    way: Way = TiledWeight.linear if name == "fused" and key[2] <= most_rows(x.device) else WAYS[name]
+    if not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+        _chosen[key] = way
+    return way
 
 
 def fused(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

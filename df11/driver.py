@@ -9,10 +9,13 @@ import ctypes
 import functools
 import itertools
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+NO_CONTEXT, OTHER_CONTEXT = 201, 400  # CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_INVALID_HANDLE
 
 
 class DriverError(RuntimeError):
@@ -43,7 +46,11 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(name: str, *arguments: object) -> None:
-    if code := getattr(_library(), name)(*arguments):
+    _check(name, getattr(_library(), name)(*arguments))
+
+
+def _check(name: str, code: int) -> None:
+    if code:
         text = ctypes.c_char_p()
         _library().cuGetErrorString(code, ctypes.byref(text))
         raise DriverError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
@@ -71,36 +78,38 @@ class Module:
         return value.value
 
 
-def launch(
-    function: ctypes.c_void_p,
-    blocks: int,
-    threads: int,
-    shared: int,
-    stream: int,
-    arguments: tuple[int | bytes, ...],
-    overlap: bool,
-) -> None:
-    """Launch on a stream of the current context. arguments: pointers, and structures as bytes.
+class Launch:
+    """A kernel and how it is launched, prepared once: a call writes its arguments and hands them to the driver.
 
-    overlap: the kernel may begin when the one before it on the stream lets it, or ends (programmatic dependent launch). It must
-    wait by griddepcontrol before it touches what that one reads or writes.
+    arguments: each one's layout in struct's letters. overlap: the kernel may begin when the one before it on the stream lets it,
+    or ends (programmatic dependent launch); it must wait by griddepcontrol before it touches what that one reads or writes.
+    One call at a time: the arguments lie in one place.
     """
-    layout, buffer, pointers, places = _layout(tuple([len(a) if isinstance(a, bytes) else 0 for a in arguments]))
-    values = buffer.from_buffer_copy(layout.pack(*arguments))
-    start = ctypes.addressof(values)
-    config = _config(blocks, threads, shared, stream, overlap)
-    _call("cuLaunchKernelEx", config, function, pointers(*[start + place for place in places]), None)
+
+    def __init__(
+        self, function: ctypes.c_void_p, blocks: int, threads: int, shared: int, arguments: Sequence[str], overlap: bool
+    ) -> None:
+        sizes = [struct.calcsize(f"={layout}") for layout in arguments]
+        padded = [-(-size // 16) * 16 for size in sizes]  # as the strictest type of an argument is aligned
+        gaps = (f"{layout}{room - size}x" for layout, room, size in zip(arguments, padded, sizes, strict=True))
+        self._write = struct.Struct("=" + "".join(gaps)).pack_into
+        self._values = ctypes.create_string_buffer(sum(padded))
+        places = itertools.accumulate(padded[:-1], initial=ctypes.addressof(self._values))
+        pointers = (ctypes.c_void_p * len(sizes))(*places)
+        self._config = _Config((blocks, 1, 1), (threads, 1, 1), shared, None, ctypes.pointer(_OVERLAP), int(overlap))
+        self._stream = 0
+        self._call = _library().cuLaunchKernelEx
+        self._arguments = (ctypes.byref(self._config), function, pointers, None)
+
+    def __call__(self, stream: int, *values: int | bytes) -> int:
+        """Launch on a stream of the current context. Returns the driver's code, 0 for success."""
+        self._write(self._values, 0, *values)
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        code: int = self._call(*self._arguments)
+        return code
 
 
-@functools.cache
-def _layout(sizes: tuple[int, ...]) -> tuple[struct.Struct, type[ctypes.Array], type[ctypes.Array], list[int]]:
-    """Of arguments one after the other, of so many bytes, 0 for a pointer: layout, buffer, pointers to them, and their places."""
-    padded = [-(-(size or 8) // 16) * 16 for size in sizes]  # as the strictest type of an argument is aligned
-    layout = struct.Struct("=" + "".join(f"{size}s{-size % 16}x" if size else "Q8x" for size in sizes))
-    places = itertools.accumulate(padded[:-1], initial=0)
-    return layout, ctypes.c_char * layout.size, ctypes.c_void_p * len(sizes), list(places)
-
-
-@functools.lru_cache(4096)
-def _config(blocks: int, threads: int, shared: int, stream: int, overlap: bool) -> ctypes._Pointer[_Config]:
-    return ctypes.pointer(_Config((blocks, 1, 1), (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAP), int(overlap)))
+def check(code: int) -> None:
+    """Raise DriverError for what a launch returned."""
+    _check("cuLaunchKernelEx", code)

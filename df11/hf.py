@@ -26,10 +26,10 @@ from df11.formats.dfloat11 import ARRAYS, PARTS
 from df11.fused import fuse_, is_fused
 from df11.modules import compress_, compress_own_, decompress_, is_compressed
 from df11.ops import CompressedUnit, encode_each
-from df11.runtime import CompressedModelError, attach, detach
+from df11.runtime import attach, detach
 from df11.sources.files import SafetensorsSource
 from df11.sources.model import SourceError, TensorInfo
-from df11.tensors import CompressedTensor, Stored, is_stack
+from df11.tensors import CompressedTensor, Units, is_stack
 
 _SPELLING = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -212,7 +212,7 @@ class DF11Quantizer(HfQuantizer):
             if isinstance(module, transformers.PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
         if self.quantization_config.mode == "fused":
-            fuse_(model)
+            fuse_(model, include=self.quantization_config.include, exclude=self.quantization_config.exclude)
         elif self.quantization_config.granularity != "layer":
             attach(model, self.quantization_config.granularity)
 
@@ -238,8 +238,6 @@ class DF11Quantizer(HfQuantizer):
         return found, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        if is_fused(model):
-            raise CompressedModelError("a fused model has no way back: load it with mode='exact', then dequantize()")
         detach(model)
         decompress_(model)
         model.__dict__.pop("_weight_conversions", None)  # now they can be undone on saving
@@ -251,12 +249,13 @@ class DF11Quantizer(HfQuantizer):
         return True
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return self.quantization_config.mode == "exact"  # the tiled layout is not stored: save the model of mode=exact
+        """The tiled layout is not stored: weights are saved in the published one, and turned again on loading."""
+        return True
 
     @property
     def is_trainable(self) -> bool:
         """With adapters; the compressed weights are frozen."""
-        return self.quantization_config.mode == "exact"
+        return True
 
 
 class _Assemble(ConversionOps):  # type: ignore[misc]
@@ -278,18 +277,18 @@ class _Assemble(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: nn.Parameter(CompressedTensor.make(_stored(arrays, shape), shape), requires_grad=False)}
 
 
-def _stored(arrays: dict[str, torch.Tensor], shape: tuple[int, ...]) -> Stored:
+def _stored(arrays: dict[str, torch.Tensor], shape: tuple[int, ...]) -> Units:
     """Of the arrays of one unit; a stack of experts, which is one in a file, becomes a unit each."""
     arrays = arrays | {"output_positions": arrays["output_positions"].view(torch.int32)}
     if arrays["sign_mantissa"].numel() != math.prod(shape):
         raise ValueError(
             f"{arrays['sign_mantissa'].numel()} weights are stored, the model has {list(shape)}: is config.json its own?"
         )
-    stored = Stored(arrays, (arrays["encoded_exponent"].numel(),), shape)
+    stored = Units(arrays, (arrays["encoded_exponent"].numel(),), shape)
     if not is_stack(shape):
         return stored
     weights, _ = stored.decode(0, stored.numel, stored.device)
-    return Stored.encode(weights, shape)
+    return Units.encode(weights, shape)
 
 
 def _arrays(name: str, tensor: CompressedTensor) -> dict[str, torch.Tensor]:
@@ -306,7 +305,7 @@ def _arrays(name: str, tensor: CompressedTensor) -> dict[str, torch.Tensor]:
 
 
 def _is_same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
-    return isinstance(tensor, CompressedTensor) and isinstance(other, CompressedTensor) and tensor._stored is other._stored
+    return tensor is other or (isinstance(tensor, CompressedTensor) and other is not None and tensor.data_ptr() == other.data_ptr())
 
 
 _plain_footprint = transformers.PreTrainedModel.get_memory_footprint
@@ -314,9 +313,10 @@ _plain_footprint = transformers.PreTrainedModel.get_memory_footprint
 
 @functools.wraps(_plain_footprint)
 def _footprint(self: transformers.PreTrainedModel, return_buffers: bool = True) -> int:
-    compressed = {id(p._stored): p for p in self.parameters() if isinstance(p, CompressedTensor)}.values()
+    compressed = [p for p in self.parameters() if isinstance(p, CompressedTensor)]
+    stored = {id(p._stored): p.stored_bytes for p in compressed}
     size: int = _plain_footprint(self, return_buffers)  # type: ignore[no-untyped-call]
-    return size + sum(p.stored_bytes - p.nbytes for p in compressed)
+    return size + sum(stored.values()) - sum(p.nbytes for p in compressed)
 
 
 _plain_save = transformers.PreTrainedModel.save_pretrained

@@ -11,7 +11,7 @@ from torch import nn
 
 from df11 import memory
 from df11.sources.model import is_matrix, is_selected
-from df11.tensors import CompressedTensor, Stored, in_memory_order
+from df11.tensors import CompressedTensor, Stored, TiledTensor, Units, attached, in_memory_order
 
 
 def compressed_parameters(module: nn.Module) -> dict[str, CompressedTensor]:
@@ -75,7 +75,7 @@ def decompress_(model: nn.Module) -> list[str]:
 def replacement(parameter: torch.Tensor, tensor: torch.Tensor) -> nn.Parameter:
     """A frozen parameter in the place of another, with what others have attached to that one."""
     made = nn.Parameter(tensor, requires_grad=False)
-    made.__dict__.update((name, value) for name, value in parameter.__dict__.items() if name not in ("_stored", "_whole"))
+    made.__dict__.update(attached(parameter))
     return made
 
 
@@ -131,12 +131,14 @@ def offload_(model: nn.Module, blocks: int, device: torch.device | str | None = 
 
 def _elsewhere(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     """A parameter that computes on a device, wherever its weights are stored."""
-    if isinstance(parameter, CompressedTensor):
-        stored = parameter._stored
-    else:
+    size, stride = parameter.shape, parameter.stride()
+    if not isinstance(parameter, CompressedTensor):
         weights, shape = in_memory_order(parameter.detach())
-        stored = Stored({"raw": weights}, (), shape)
-    return replacement(parameter, CompressedTensor.make(stored, parameter.shape, parameter.stride(), device=device))
+        return replacement(parameter, CompressedTensor.make(Units({"raw": weights}, (), shape), size, stride, device=device))
+    made = replacement(parameter, type(parameter).make(parameter._stored, size, stride, parameter.storage_offset(), device=device))
+    if isinstance(made, TiledTensor) and made.merged:
+        made.merged[0].use_on(device)
+    return made
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
@@ -154,14 +156,14 @@ class Pool:
 
     def __init__(self, stored: list[Stored], device: torch.device) -> None:
         self.device = device
-        self._arrays = [_kept(one) for one in stored]  # as they lie here, whatever is written to the weights later
+        self._arrays = [one.kept() for one in stored]  # as they lie here, whatever is written to the weights later
         *self._places, self.nbytes = memory.places(array for arrays in self._arrays for array in arrays.values())
         self.memory = _pinned(self.nbytes) if device.type == "cuda" else torch.empty(self.nbytes, dtype=torch.uint8)
         self._arrays = self.views(self.memory)
         for one, views in zip(stored, self._arrays, strict=True):
-            for name, array in _kept(one).items():
+            for name, array in one.kept().items():
                 views[name].copy_(array)
-            one.assign(Stored(views, one.sizes, one.shape))
+            one.assign(type(one)(views, one.numbers, one.shape))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles have arrays of their own: no pool."""
@@ -171,11 +173,6 @@ class Pool:
         """Each one's arrays in the pool's memory, or in a copy of it."""
         places = iter(self._places)
         return [{name: memory.view(piece, next(places), array) for name, array in arrays.items()} for arrays in self._arrays]
-
-
-def _kept(stored: Stored) -> dict[str, torch.Tensor]:
-    """What cannot be made anew."""
-    return {name: array for name, array in stored.arrays.items() if name != "table"}
 
 
 def _pinned(size: int) -> torch.Tensor:

@@ -18,14 +18,11 @@ from df11 import ops, released
 from df11.memory import aligned
 from df11.modules import Pool, compressed_parameters, inside
 from df11.ops import CompressedUnit
-from df11.tensors import CompressedTensor, Held, Stored
+from df11.tensors import CompressedTensor, Held, Stored, Tiles, Units
+from df11.tiled_ops import TiledWeight
 
 GRANULARITIES = ("layer", "block")
 KERNELS = ("fast", "paper", "released")
-
-
-class CompressedModelError(RuntimeError):
-    """A compressed model used in a way that it cannot serve. The message says what to do instead."""
 
 
 class Workspace:
@@ -90,15 +87,15 @@ class _Owner:
         self.start = 0  # in the buffer
         self._workspace = workspace
         self._decode = decode
-        sizes = [aligned(2 * tensor.numel()) if tensor.is_compressed else 0 for tensor in tensors]
+        sizes = [aligned(2 * t.numel()) if t.is_compressed and isinstance(t._stored, Units) else 0 for t in tensors]
         self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self._decoded = sum(sizes)  # bytes
         self.nbytes = self._decoded + (self.pool.nbytes if self.pool else 0)
         self._memory: torch.Tensor | None = None  # as it was when the views were made
         self._arrays: list[object] = []  # and what was stored then
-        self._stored: list[Stored] = []  # of those that are decompressed here
-        self._units: list[list[CompressedUnit]] = []
-        self._views: list[torch.Tensor] = []
+        self._lent: list[tuple[Stored, torch.Tensor | TiledWeight]] = []
+        self._coded_units: list[CompressedUnit] = []
+        self._views: list[torch.Tensor] = []  # of each of these
 
     def fill(self) -> None:
         """Decompress, on the current stream."""
@@ -114,8 +111,7 @@ class _Owner:
         if not here or any(a is not b for a, b in zip(arrays, self._arrays, strict=True)):
             self._place(memory)  # after the copy: tables are built from what it brought
             self._arrays = arrays  # type: ignore[assignment]
-        coded = [(u, v) for us, v in zip(self._units, self._views, strict=True) if us[0].raw is None for u, v in _each(us, v)]
-        self._decode([unit for unit, _ in coded], [view for _, view in coded])
+        self._decode(self._coded_units, self._views)
 
     def is_stale(self) -> bool:
         """Whether weights were written since they were decompressed."""
@@ -134,6 +130,7 @@ class _Owner:
             and stored.numel == numel
             and (stored.raw is None) == self._coded[index]
             and stored.device == self.device
+            and isinstance(stored, Units)
         )
 
     def take(self) -> None:
@@ -141,24 +138,29 @@ class _Owner:
         self._workspace.take(self.device, self.buffer)
 
     def _place(self, memory: torch.Tensor) -> None:
-        self._memory, self._views, self._units = memory, [], []
-        self._stored = [tensor._stored for i, tensor in enumerate(self.tensors) if self._fits(i)]
+        self._memory, self._lent, self._coded_units, self._views = memory, [], [], []
         copies = self.pool.views(memory[self._decoded :]) if self.pool else []
         for i, (tensor, offset) in enumerate(zip(self.tensors, self._offsets, strict=True)):
             if not self._fits(i):
                 continue
-            one = tensor._stored
-            units = one.units_of(copies[i]) if self.pool else one.units()
-            self._units.append(units)
-            raw = units[0].raw
-            view = memory[offset : offset + 2 * one.numel].view(torch.bfloat16) if raw is None else raw
-            self._views.append(view.view(one.shape))
+            stored = tensor._stored
+            if isinstance(stored, Tiles):
+                if stored.raw is None:
+                    self._lent.append((stored, stored.weight_of(copies[i])))
+                continue
+            units = stored.units_of(copies[i]) if self.pool else stored.units()
+            view = units[0].raw
+            if view is None:
+                view = memory[offset : offset + 2 * stored.numel].view(torch.bfloat16)
+                self._coded_units += units
+                self._views += view.chunk(len(units))
+            self._lent.append((stored, view.view(stored.shape)))
 
     def show(self) -> None:
         """Lend the weights to their tensors, on the current stream."""
         self._workspace.active.append(self)
-        for one, view in zip(self._stored, self._views, strict=True):
-            one.held = Held(view)
+        for stored, weights in self._lent:
+            stored.held = Held(weights, self.device)
 
     def leave(self) -> None:
         self._workspace.active.remove(self)
@@ -166,19 +168,15 @@ class _Owner:
 
     def hide(self) -> None:
         """Lend nothing any more: the tensors decompress themselves."""
-        for one in self._stored:
-            one.held = None
+        for stored, _ in self._lent:
+            stored.held = None
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._memory, self._views = None, []  # the next block takes the same place of the graph's memory
+            self._memory, self._lent, self._views = None, [], []  # the next block takes the same place of the graph's memory
 
 
 def _arrays(tensor: torch.Tensor) -> object:
     """What is stored of it; None where `.data =` or a cast has made it an ordinary tensor."""
     return tensor._stored.arrays if isinstance(tensor, CompressedTensor) else None
-
-
-def _each(units: list[CompressedUnit], weights: torch.Tensor) -> Iterator[tuple[CompressedUnit, torch.Tensor]]:
-    return zip(units, weights.view(-1).chunk(len(units)), strict=True)
 
 
 class _Ahead:
@@ -320,8 +318,9 @@ def owners(module: nn.Module, granularity: str) -> Iterator[tuple[nn.Module, lis
 
 def _here(module: nn.Module, tensors: Iterable[CompressedTensor]) -> list[CompressedTensor]:
     pooled = module.__dict__.get("_df11_pool") is not None
-    found = {id(tensor._stored): tensor for tensor in tensors if pooled or tensor._stored.device == tensor.device}
-    return list(found.values())
+    """Those that are decompressed ahead. What is in the tiled layout is not, it only comes from host memory."""
+    found = (t for t in tensors if pooled or (isinstance(t._stored, Units) and t._stored.device == t.device))
+    return list({id(tensor._stored): tensor for tensor in found}.values())
 
 
 def _assign(module: nn.Module, owners: dict[int, _Owner], start: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,9 +60,8 @@ WARPGROUP = 4  # warps
 CHUNK_BYTES = 9 * 4 * LANES  # kLow + kSigns
 WIDE_ADD_UP, WIDE_ADD_UP_BYTES = 3.0, 3_000_000  # us, bytes a us
 PACK_THREADS = 256
-WIDE_SPREAD = struct.Struct("PPPiiii")  # tiled::Wide
-SPREAD = struct.Struct("Piiiii4x")  # tiled::Spread
-SIZES, SUMS = struct.Struct("iii"), struct.Struct("iiii")
+WIDE_SPREAD, SPREAD = "QQQiiii", "Qiiiii4x"  # tiled::Wide, tiled::Spread
+MOST_KEPT = 64 << 20  # bytes of the buffer that products on a stream share
 RULES = {  # of the arrays in their order: dtype, dimensions, alignment
     "low": (torch.uint8, 4, 16),
     "sign": (torch.int32, 3, 4),
@@ -72,12 +72,17 @@ RULES = {  # of the arrays in their order: dtype, dimensions, alignment
 }
 
 
-class Launch(NamedTuple):
+class Step(NamedTuple):
+    """One kernel of an operation."""
+
     name: str
     blocks: int
     threads: int  # of a block
     shared: int  # bytes
-    arguments: tuple[int | bytes, ...]
+    arguments: tuple[str, ...]  # each one's layout in struct's letters
+
+
+Launch = Callable[..., int]  # of a stream and the arguments; returns the driver's code
 
 
 class _Kernels:
@@ -88,6 +93,8 @@ class _Kernels:
         properties = torch.cuda.get_device_properties(index)
         self.most_shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
         self.overlap = properties.major >= 9
+        self.lock = threading.Lock()  # of launches, which are prepared, and of the buffers that they share
+        self._buffers: dict[int, torch.Tensor] = {}  # of each stream
         with self.device.current():
             module = driver.Module(gpu.build("tiled", self.device.arch))
             names = ("tiled_product", *(f"tiled_products_{rows}" for rows in PRODUCTS), "tiled_add_up")
@@ -101,16 +108,32 @@ class _Kernels:
             self.fixed_shared = module.constant("tiled_shared")
         self.room = self.most_shared - self.fixed_shared
 
-    def run(self, *launches: Launch) -> None:
-        """One after the other, on torch's current stream."""
-        stream = torch.cuda.current_stream(self.device.index).cuda_stream
-        with self.device.current():
-            for name, blocks, threads, shared, arguments in launches:
-                driver.launch(self.functions[name], blocks, threads, shared, stream, arguments, overlap=self.overlap)
+    def prepare(self, step: Step) -> Launch:
+        return driver.Launch(self.functions[step.name], *step[1:], self.overlap)
 
-    def over_tiles(self, name: str, blocks: int, warps: int, fragments: int, more_shared: int, *arguments: int | bytes) -> Launch:
+    def over_tiles(self, name: str, blocks: int, warps: int, fragments: int, more_shared: int, *arguments: str) -> Step:
         """Of warps that have a tile's codes in shared memory, each."""
-        return Launch(name, blocks, LANES * warps, self.fixed_shared + warps * code_bytes(fragments) + more_shared, arguments)
+        return Step(name, blocks, LANES * warps, self.fixed_shared + warps * code_bytes(fragments) + more_shared, arguments)
+
+    def run(self, stream: int, launches: Sequence[Launch], arguments: Sequence[Sequence[int | bytes]]) -> None:
+        """One after the other. With the lock held."""
+        here = torch._C._cuda_getDevice() == self.device.index
+        for launch, values in zip(launches, arguments, strict=True):
+            code = launch(stream, *values) if here else driver.OTHER_CONTEXT
+            if code in (driver.NO_CONTEXT, driver.OTHER_CONTEXT):  # a new thread has none, and others may have set their own
+                with self.device.current():
+                    code = launch(stream, *values)
+            if code:
+                driver.check(code)
+
+    def buffer(self, stream: int, size: int) -> torch.Tensor:
+        """uint8[size] for kernels on a stream, which use it one after another. In a graph it is the graph's own."""
+        kept = self._buffers.get(stream)
+        if torch.cuda.is_current_stream_capturing() or size > MOST_KEPT:
+            return torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.device.index}")
+        if kept is None or kept.numel() < size:
+            kept = self._buffers[stream] = torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.device.index}")
+        return kept
 
 
 @functools.cache
@@ -306,6 +329,72 @@ def pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, col
     return Packed(MATRIX.pack(*addresses, uppers, rows, columns, fragments), rows, columns, fragments, index)
 
 
+class _Product:
+    """x W^T + bias for so many rows of x and a W of so many rows and columns, ready to launch on one GPU."""
+
+    def __init__(self, index: int, rows: int, columns: int, fragments: int, batch: int, wgmma: bool) -> None:
+        kernels = self.kernels = _kernels(index)
+        tile_columns = fragments * -(-columns // (16 * fragments))  # in sixteens
+        self.memory, self._copy = 0, 0  # bytes beside x and y; of those, of x in an order of its own
+        product = ("72s", "Q", "Q", "Q")  # W, x, bias, y
+        self._wide = False
+        self._constants: tuple[tuple[int, ...], ...] = ()
+        if batch == 1:
+            blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room, kernels.fixed_shared)
+            steps = [kernels.over_tiles("tiled_product", blocks, warps, fragments, 32 * tile_columns, *product)]
+        else:
+            how = _plan_several(kernels, rows, columns, fragments, batch, wgmma)
+            parts, first = how.splits, 0
+            if isinstance(how, WidePlan):
+                if how.pieces > 1:
+                    parts, first = how.pieces, how.whole * how.blocks * WARPGROUP * TILE_ROWS
+                self._wide, self._copy = True, 32 * tile_columns * how.kernel_rows
+                blocks = -(-tile_columns * how.kernel_rows // PACK_THREADS)
+                packing = Step(f"tiled_pack_{how.kernel_rows}", blocks, PACK_THREADS, 0, ("Q", "Q", "Q", "iii"))
+                spread, name = WIDE_SPREAD, f"tiled_wide_{how.kernel_rows}"
+                numbers: tuple[int, ...] = (batch, how.splits, how.whole, how.pieces)
+                self._constants = ((batch, columns, tile_columns), numbers)
+            else:
+                spread, name = SPREAD, f"tiled_products_{how.kernel_rows}"
+                numbers = (batch, how.splits, how.groups, how.slice, how.parts_at)
+                self._constants = (numbers,)
+            steps = [kernels.over_tiles(name, how.blocks, how.warps, fragments, how.shared, *product, spread)]
+            if self._wide:
+                steps.insert(0, packing)
+            if parts > 1:
+                blocks = -(-batch * (rows - first) // ADD_UP_THREADS)
+                steps.append(Step("tiled_add_up", blocks, ADD_UP_THREADS, 0, ("Q", "Q", "Q", "iiii")))
+                self._constants += ((rows, batch, parts, first),)
+            self.memory = 2 * self._copy + (4 * parts * batch * (rows - first) if parts > 1 else 0)
+        self.launches = [kernels.prepare(step) for step in steps]
+
+    def __call__(self, matrix: bytes, x: int, bias: int, y: int) -> None:
+        """Launch on torch's current stream. matrix: tiled::Matrix; the others are addresses."""
+        kernels = self.kernels
+        stream = torch._C._cuda_getCurrentRawStream(kernels.device.index)
+        given = (matrix, x, bias, y)
+        with kernels.lock:
+            if not self._constants:
+                kernels.run(stream, self.launches, (given,))
+                return
+            memory = kernels.buffer(stream, self.memory) if self.memory else None
+            packed = memory.data_ptr() if memory is not None else 0
+            turned, partial = packed + self._copy, packed + 2 * self._copy
+            each: list[tuple[int | bytes, ...]]
+            if self._wide:
+                sizes, numbers, *sums = self._constants
+                each = [(x, packed, turned, *sizes), (*given, packed, turned, partial, *numbers)]
+            else:
+                numbers, *sums = self._constants
+                each = [(*given, partial, *numbers)]
+            if sums:
+                each.append((partial, bias, y, *sums[0]))
+            kernels.run(stream, self.launches, each)
+
+
+_product = functools.lru_cache(4096)(_Product)
+
+
 def linear(
     x: torch.Tensor,
     arrays: Sequence[torch.Tensor],
@@ -324,82 +413,73 @@ def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, w
 
     More than one row need columns in fours. wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
     """
-    rows, columns, fragments, index = weight.rows, weight.columns, weight.fragments, weight.index
+    rows, columns, index, shape = weight.rows, weight.columns, weight.index, x.shape
     batch = x.numel() // columns
     most = MOST_ROWS if batch <= MOST_ROWS else most_rows(index, wgmma)
-    if x.dtype != torch.bfloat16 or x.shape[-1:] != (columns,) or not 1 <= batch <= most:
-        raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 [..., {columns}] of 1 to {most} rows")
-    if batch > 1 and columns % 4:
+    if x.dtype != torch.bfloat16 or shape[-1] != columns or not 1 <= batch <= most:
+        raise ValueError(f"x: {x.dtype}{list(shape)}, needed torch.bfloat16 [..., {columns}] of 1 to {most} rows")
+    if columns % 4 and batch > 1:
         raise ValueError(f"x: {batch} rows of {columns} columns: only single rows may have columns that are not in fours")
     if x.get_device() != index:
         raise ValueError(f"x: on {x.device}, the weights are on {'the CPU' if index < 0 else f'cuda:{index}'}")
-    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (rows,) or bias.device != x.device):
-        raise ValueError(f"bias: {bias.dtype}{list(bias.shape)} on {bias.device}, needed torch.bfloat16[{rows}] on {x.device}")
-    bias = None if bias is None else bias.contiguous()
-    x = x.contiguous()
-    if x.data_ptr() % 8:
+    bias_at = 0
+    if bias is not None:
+        if bias.dtype != torch.bfloat16 or bias.shape != (rows,) or bias.get_device() != index:
+            have = f"{bias.dtype}{list(bias.shape)} on {bias.device}"
+            raise ValueError(f"bias: {have}, needed torch.bfloat16[{rows}] on {x.device}")
+        bias = bias.contiguous()
+        bias_at = bias.data_ptr()
+    if not x.is_contiguous():
+        x = x.contiguous()
+    x_at = x.data_ptr()
+    if x_at % 8:
         x = x.clone()
-    kernels = _kernels(index)
-    y = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16, device=x.device)
-    bias_at = 0 if bias is None else bias.data_ptr()
-    arguments = (weight.matrix, x.data_ptr(), bias_at, y.data_ptr())
-    if batch == 1:
-        blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room, kernels.fixed_shared)
-        padded = 32 * fragments * -(-columns // (16 * fragments))  # bytes
-        kernels.run(kernels.over_tiles("tiled_product", blocks, warps, fragments, padded, *arguments))
-        return y
-    how = _plan_several(kernels, rows, columns, fragments, batch, wgmma)
-    parts, first = how.splits, 0
-    if isinstance(how, WidePlan) and how.pieces > 1:
-        parts, first = how.pieces, how.whole * how.blocks * WARPGROUP * TILE_ROWS
-    count = fragments * -(-columns // (16 * fragments)) if isinstance(how, WidePlan) else 0
-    copy = 32 * count * how.kernel_rows  # bytes of x, twice: in two orders
-    sums = 4 * parts * batch * (rows - first) if parts > 1 else 0
-    memory = torch.empty(2 * copy + sums, dtype=torch.uint8, device=x.device) if copy or sums else None
-    packed = memory.data_ptr() if memory is not None else 0
-    turned, partial = packed + copy, packed + 2 * copy
-    launches = []
-    if isinstance(how, WidePlan):
-        blocks, sizes = -(-count * how.kernel_rows // PACK_THREADS), SIZES.pack(batch, columns, count)
-        places = x.data_ptr(), packed, turned
-        launches.append(Launch(f"tiled_pack_{how.kernel_rows}", blocks, PACK_THREADS, 0, (*places, sizes)))
-        name = f"tiled_wide_{how.kernel_rows}"
-        spread = WIDE_SPREAD.pack(packed, turned, partial, batch, how.splits, how.whole, how.pieces)
-    else:
-        name = f"tiled_products_{how.kernel_rows}"
-        spread = SPREAD.pack(partial, batch, how.splits, how.groups, how.slice, how.parts_at)
-    launches.append(kernels.over_tiles(name, how.blocks, how.warps, fragments, how.shared, *arguments, spread))
-    if parts > 1:
-        blocks, sizes = -(-batch * (rows - first) // ADD_UP_THREADS), SUMS.pack(rows, batch, parts, first)
-        launches.append(Launch("tiled_add_up", blocks, ADD_UP_THREADS, 0, (partial, bias_at, y.data_ptr(), sizes)))
-    kernels.run(*launches)
+        x_at = x.data_ptr()
+    y = x.new_empty((*shape[:-1], rows))
+    _product(index, rows, columns, weight.fragments, batch, wgmma)(weight.matrix, x_at, bias_at, y.data_ptr())
     return y
 
 
-def decompress(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -> None:
-    """All weights into `out`, bf16 [rows, columns]."""
-    if out.dtype != torch.bfloat16 or out.dim() != 2 or not out.is_contiguous() or out.data_ptr() % 8:
-        needed = "contiguous torch.bfloat16 [rows, columns] at a multiple of 8 bytes"
-        raise ValueError(f"out: {out.dtype}{list(out.shape)}, needed {needed}")
-    index = out.get_device()
-    weight = pack(index, arrays, uppers, *out.shape)
+@functools.cache
+def _decompression(index: int, fragments: int) -> Launch:
     kernels = _kernels(index)
-    warps = min(MOST_WARPS, kernels.room // code_bytes(weight.fragments))
-    shape = kernels.device.processors, warps, weight.fragments
-    kernels.run(kernels.over_tiles("tiled_decompress", *shape, 0, weight.matrix, out.data_ptr()))
+    warps = min(MOST_WARPS, kernels.room // code_bytes(fragments))
+    step = kernels.over_tiles("tiled_decompress", kernels.device.processors, warps, fragments, 0, "72s", "Q")
+    return kernels.prepare(step)
 
 
-def gather(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
+def decompress(weight: Packed, out: torch.Tensor) -> None:
+    """All weights into `out`, bf16 [rows, columns]."""
+    shape = (weight.rows, weight.columns)
+    if out.dtype != torch.bfloat16 or out.shape != shape or not out.is_contiguous() or out.data_ptr() % 8:
+        needed = f"contiguous torch.bfloat16{list(shape)} at a multiple of 8 bytes"
+        raise ValueError(f"out: {out.dtype}{list(out.shape)}, needed {needed}")
+    if out.get_device() != weight.index:
+        raise ValueError(f"out: on {out.device}, the weights are on cuda:{weight.index}")
+    launch = _decompression(weight.index, weight.fragments)
+    _run(weight.index, launch, weight.matrix, out.data_ptr())
+
+
+@functools.lru_cache(1024)
+def _gathering(index: int, columns: int, fragments: int, count: int) -> Launch:
+    kernels, across = _kernels(index), -(-columns // (16 * fragments))
+    warps = min(across, 16, kernels.room // code_bytes(fragments))
+    return kernels.prepare(kernels.over_tiles("tiled_rows", count, warps, fragments, 0, "72s", "Q", "Q"))
+
+
+def gather(ids: torch.Tensor, weight: Packed) -> torch.Tensor:
     """W[ids], bf16 [..., columns]. ids: int64. An id outside of the matrix stops the kernel, as it does torch's."""
-    if ids.dtype != torch.int64:
-        raise ValueError(f"ids: dtype {ids.dtype}, needed torch.int64")
-    index = ids.get_device()
-    weight = pack(index, arrays, uppers, rows, columns)
-    out = torch.empty(*ids.shape, columns, dtype=torch.bfloat16, device=ids.device)
-    if ids.numel():
+    if ids.dtype != torch.int64 or ids.get_device() != weight.index:
+        raise ValueError(f"ids: {ids.dtype} on {ids.device}, needed torch.int64 on cuda:{weight.index}")
+    out = torch.empty(*ids.shape, weight.columns, dtype=torch.bfloat16, device=ids.device)
+    if count := ids.numel():
         ids = ids.contiguous()
-        kernels, across = _kernels(index), -(-columns // (16 * weight.fragments))
-        warps = min(across, 16, kernels.room // code_bytes(weight.fragments))
-        places = ids.data_ptr(), out.data_ptr()
-        kernels.run(kernels.over_tiles("tiled_rows", ids.numel(), warps, weight.fragments, 0, weight.matrix, *places))
+        launch = _gathering(weight.index, weight.columns, weight.fragments, count)
+        _run(weight.index, launch, weight.matrix, ids.data_ptr(), out.data_ptr())
     return out
+
+
+def _run(index: int, launch: Launch, *arguments: int | bytes) -> None:
+    kernels = _kernels(index)
+    with kernels.lock:
+        kernels.run(torch._C._cuda_getCurrentRawStream(index), (launch,), (arguments,))

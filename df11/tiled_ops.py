@@ -2,11 +2,11 @@
 
     torch.ops.df11.tiled_linear(x, arrays, uppers, rows, columns, bias, wgmma=True) -> y
     torch.ops.df11.linear(x, arrays, uppers, rows, columns, bias) -> y, the fastest way
-    torch.ops.df11.tiled_decompress(arrays, uppers, out)
+    torch.ops.df11.tiled_decode(arrays, uppers, rows, columns, after=None) -> W
     torch.ops.df11.tiled_rows(ids, arrays, uppers, rows, columns) -> W[ids]
 
 The arrays are ARRAYS of docs/format.md, uint32 as int32; `uppers` are the eight bytes as one integer, the first lowest. On a GPU by
-the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder.
+the kernels (df11/tiled_gpu.py), on the CPU by the format's decoder. `after` orders tiled_decode behind a tensor in a traced graph.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ _LINEAR = f"(Tensor x, {_MATRIX}, int rows, int columns, Tensor? bias=None%s) ->
 
 torch.library.define("df11::tiled_linear", _LINEAR % ", bool wgmma=True")
 torch.library.define("df11::linear", _LINEAR % "")  # computed by df11/dispatch.py
-torch.library.define("df11::tiled_decompress", f"({_MATRIX}, Tensor(a!) out) -> ()")
+torch.library.define("df11::tiled_decode", f"({_MATRIX}, int rows, int columns, Tensor? after=None) -> Tensor")
 torch.library.define("df11::tiled_rows", f"(Tensor ids, {_MATRIX}, int rows, int columns) -> Tensor")
 torch.library.impl("df11::tiled_linear", "CUDA")(tiled_gpu.linear)
-torch.library.impl("df11::tiled_decompress", "CUDA")(tiled_gpu.decompress)
-torch.library.impl("df11::tiled_rows", "CUDA")(tiled_gpu.gather)
 
 
 @torch.library.register_fake("df11::linear")
@@ -52,9 +50,11 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], rows)
 
 
-@torch.library.register_fake("df11::tiled_decompress")
-def _decompress_fake(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -> None:
-    return None
+@torch.library.register_fake("df11::tiled_decode")
+def _decode_fake(
+    arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, after: torch.Tensor | None = None
+) -> torch.Tensor:
+    return arrays[0].new_empty(rows, columns, dtype=torch.bfloat16)
 
 
 @torch.library.register_fake("df11::tiled_rows")
@@ -72,22 +72,28 @@ def _linear_cpu(
     bias: torch.Tensor | None = None,
     wgmma: bool = True,
 ) -> torch.Tensor:
-    weights = _decoded(arrays, uppers, (rows, columns)).float()
+    weights = _decoded(_weight(arrays, uppers, rows, columns)).float()
     return torch.nn.functional.linear(x.float(), weights, None if bias is None else bias.float()).to(torch.bfloat16)
 
 
-@torch.library.impl("df11::tiled_decompress", "CPU")
-def _decompress_cpu(arrays: Sequence[torch.Tensor], uppers: int, out: torch.Tensor) -> None:
-    out.copy_(_decoded(arrays, uppers, (out.shape[0], out.shape[1])))
+@torch.library.impl("df11::tiled_decode", "CompositeExplicitAutograd")
+def _decode(
+    arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, after: torch.Tensor | None = None
+) -> torch.Tensor:
+    return _weight(arrays, uppers, rows, columns).decompress()
 
 
-@torch.library.impl("df11::tiled_rows", "CPU")
-def _rows_cpu(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
-    return _decoded(arrays, uppers, (rows, columns))[ids]
+@torch.library.impl("df11::tiled_rows", "CompositeExplicitAutograd")
+def _rows(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
+    return _weight(arrays, uppers, rows, columns).rows(ids)
 
 
-def _decoded(arrays: Sequence[torch.Tensor], uppers: int, shape: tuple[int, int]) -> torch.Tensor:
-    (weights,) = Tiled(threads=1).decode(TiledWeight(shape, **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers).to_unit())
+def _weight(arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> TiledWeight:
+    return TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers)
+
+
+def _decoded(weight: TiledWeight) -> torch.Tensor:
+    (weights,) = Tiled(threads=1).decode(weight.to_unit())
     return weights
 
 
@@ -160,7 +166,7 @@ class TiledWeight:
 
         wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
         """
-        if x.is_cuda and not torch.compiler.is_compiling():  # a call of an operator takes the host as long as all the rest
+        if x.is_cuda:  # a call of an operator takes the host as long as all the rest
             return tiled_gpu.product(x, self.packed, bias, wgmma)
         y: torch.Tensor = torch.ops.df11.tiled_linear(x, self.arrays, self.uppers, *self.shape, bias, wgmma)
         return y
@@ -169,13 +175,15 @@ class TiledWeight:
         """The weights, bf16 [rows, columns], into `out` where given."""
         if out is None:
             out = torch.empty(self.shape, dtype=torch.bfloat16, device=self.low.device)
-        torch.ops.df11.tiled_decompress(self.arrays, self.uppers, out)
+        if out.is_cuda:
+            tiled_gpu.decompress(self.packed, out)
+        else:
+            out.copy_(_decoded(self))
         return out
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """W[ids], bf16 [..., columns]. ids: int64 on the device."""
-        found: torch.Tensor = torch.ops.df11.tiled_rows(ids, self.arrays, self.uppers, *self.shape)
-        return found
+        return tiled_gpu.gather(ids, self.packed) if ids.is_cuda else _decoded(self)[ids]
 
     def part(self, start: int, stop: int) -> TiledWeight:
         """Rows [start, stop) of the same arrays. start: a multiple of 16; stop: another, or the end."""

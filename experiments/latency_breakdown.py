@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from df11 import fused, hf, modules, released
+from df11.tensors import dense
 from experiments import budget
 from experiments.config import Config
 from experiments.decoding import check_modes, decompression
@@ -100,11 +101,10 @@ def fused_like(model: Any, cfg: Config) -> Any:
     """The same model in mode=fused. Raises ValueError where a bit is not the original's."""
     made = hf.build(one_block(cfg), cfg.seed, cfg.device.name)
     fused.fuse_(made)
-    for name, module in made.named_modules():
-        if (weights := fused.weights_of(module)) is not None:
-            original = model.get_submodule(name).weight.detach()
-            if not torch.equal(weights.view(torch.int16), original.view(torch.int16)):
-                raise ValueError(f"{name}, tiled: the weights do not come back bit for bit")
+    for name, parameter in made.named_parameters():
+        weights, original = dense(parameter.detach()), dense(model.get_parameter(name).detach())
+        if not torch.equal(weights.view(torch.int16), original.view(torch.int16)):
+            raise ValueError(f"{name}, tiled: the weights do not come back bit for bit")
     return made
 
 
@@ -119,8 +119,8 @@ def forwards(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
 
         return hook
 
-    parts = components(model).items()  # prepended: a fused embedding's hook changes the ids
-    handles = [part.register_forward_pre_hook(remember(name), prepend=True, with_kwargs=True) for name, part in parts]
+    parts = components(model).items()
+    handles = [part.register_forward_pre_hook(remember(name), with_kwargs=True) for name, part in parts]
     model(ids, use_cache=False)
     for handle in handles:
         handle.remove()

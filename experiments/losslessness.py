@@ -134,19 +134,14 @@ def load(
 @torch.inference_mode()
 def weight_rows(model: torch.nn.Module, bits: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
     """Every compressed weight against the original's."""
-    mismatches, compared, compressed = 0, 0, 0
+    mismatches, compared, stored = 0, 0, {}
     for prefix, module in model.named_modules():
         for name, tensor in modules.compressed_parameters(module).items():
             if f"{prefix}.{name}" in bits and tensor.is_compressed:  # tied ones have one name there
                 mismatches += differing(tensor.decompress().cpu(), bits[f"{prefix}.{name}"])
                 compared += tensor.numel()
-                compressed += tensor.stored_bytes - tensor.table.nbytes
-        weights = fused.weights_of(module)
-        if weights is not None and f"{prefix}.weight" in bits:
-            mismatches += differing(weights.cpu(), bits[f"{prefix}.weight"])
-            compared += weights.numel()
-    stored = {id(module): module.get() for module in model.modules() if isinstance(module, fused.Stored)}
-    compressed += sum(weight.nbytes for weight in stored.values())
+                stored[id(tensor._stored)] = tensor._stored
+    compressed = sum(sum(array.nbytes for array in one.kept().values()) for one in stored.values())
     if not compared:
         raise ValueError("nothing of this model is compressed: there is nothing to compare")
     values = {"weight_mismatches": mismatches, "compared": compared}

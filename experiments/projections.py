@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from df11.fused import MERGED, FollowingLinear
+from df11.fused import MERGED
 
 
 class LeadingLinear(nn.Module):
-    """Several linear layers as one product: for the others, FollowingLinear, what a FusedLinear is, but of bf16 weights."""
+    """The first of several linear layers with the same input, as one product."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -31,6 +31,25 @@ class LeadingLinear(nn.Module):
         return list(nn.functional.linear(x, self.weight, self.bias).split(self.sizes, -1))
 
 
+class FollowingLinear(nn.Module):
+    """One of the others."""
+
+    def __init__(self, leader: LeadingLinear, index: int) -> None:
+        super().__init__()
+        self._leader = (leader,)  # in a tuple it is no child: its weights are its own
+        self.index = index
+        self.in_features, self.out_features = leader.in_features, leader.sizes[index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        leader = self._leader[0]
+        kept = leader.kept
+        if kept is None or kept[0] is not x:
+            return leader.parts(x)[self.index]
+        if self.index == len(leader.sizes) - 1:
+            leader.kept = None
+        return kept[1][self.index - 1]
+
+
 def merge_projections_(model: nn.Module) -> int:
     """Merge q, k and v, and gate and up, of every block of a model that has them apart, in place. Returns how many were made."""
     made = 0
@@ -41,6 +60,6 @@ def merge_projections_(model: nn.Module) -> int:
                 leader = LeadingLinear(layers)
                 setattr(parent, names[0], leader)
                 for index, name in enumerate(names[1:], 1):
-                    setattr(parent, name, FollowingLinear(leader, index))  # type: ignore[arg-type]
+                    setattr(parent, name, FollowingLinear(leader, index))
                 made += 1
     return made

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from df11 import ops
-from df11.tensors.stored import Stored
+from df11.tensors.stored import Stored, Units
 
 aten = torch.ops.aten
 # Hot, and what they return shares no memory with the weights: they may skip torch's dispatcher where no gradient is needed.
 _READERS = (functional.linear, functional.embedding)
+_ATTRIBUTES = ("_stored", "_whole", "_known")  # of its own; others may attach what they like
+_STORED = "stored_"  # before the arrays' names where torch asks for them: `sign` is a method
 
 
 class CompressedTensor(torch.Tensor):
@@ -34,11 +36,13 @@ class CompressedTensor(torch.Tensor):
     or on the meta device, it becomes an `nn.Parameter`, as accelerate's hooks ask for one.
     """
 
-    _stored: Stored
+    _layout: type[Stored] = Units
+    _arrays: tuple[str, ...] = ops.ARRAYS
+    _stored: Any  # what it and its views share, of _layout
     _whole: tuple[int, ...] | None  # the shape, where it is all of what is stored as that lies in memory
 
     def __new__(cls, data: torch.Tensor, *, requires_grad: bool = False) -> Any:
-        if isinstance(data, cls):
+        if isinstance(data, CompressedTensor):
             return nn.Parameter(data, requires_grad=requires_grad)
         if data.dtype != torch.bfloat16 or data.is_meta:
             return nn.Parameter(data, requires_grad=requires_grad)
@@ -46,7 +50,7 @@ class CompressedTensor(torch.Tensor):
         if not _is_dense(data):
             data = data.contiguous()
         flat, shape = in_memory_order(data)
-        return cls.make(Stored.encode(flat, shape), data.shape, data.stride(), requires_grad=requires_grad)
+        return cls.make(cls._layout.encode(flat, shape), data.shape, data.stride(), requires_grad=requires_grad)
 
     @classmethod
     def make(
@@ -58,14 +62,14 @@ class CompressedTensor(torch.Tensor):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
         requires_grad: bool = False,
-    ) -> CompressedTensor:
+    ) -> Self:
         """A view of what is stored, as `torch.as_strided` of the weights viewed as `dtype`. Nothing is copied.
 
         device: where it computes, which may be another than the arrays' (weights that wait in host memory).
         """
         if device is not None and device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        made: CompressedTensor = torch.Tensor._make_wrapper_subclass(
+        made: Self = torch.Tensor._make_wrapper_subclass(
             cls,
             torch.Size(size),
             strides=stride or _rows_first(size),
@@ -83,32 +87,34 @@ class CompressedTensor(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         stored = self._stored
-        return list(stored.arrays), (
+        return [f"{_STORED}{name}" for name in stored.arrays], (
             tuple(stored.arrays),
-            stored.sizes,
+            stored.numbers,
             stored.shape,
             self.storage_offset(),
             self.dtype,
             self.device,
         )
 
-    @staticmethod
+    @classmethod
     def __tensor_unflatten__(
-        arrays: dict[str, torch.Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
-    ) -> CompressedTensor:
-        names, sizes, shape, offset, dtype, device = context
-        stored = Stored({name: arrays[name] for name in names}, sizes, shape)
+        cls, arrays: dict[str, torch.Tensor], context: tuple[Any, ...], size: Sequence[int], stride: Sequence[int]
+    ) -> Self:
+        names, numbers, shape, offset, dtype, device = context
+        stored = cls._layout({name: arrays[f"{_STORED}{name}"] for name in names}, numbers, shape)
         if stored.device.type == "meta" or device == stored.device:
             device = None
-        return CompressedTensor.make(stored, size, stride, offset, dtype, device)
+        return cls.make(stored, size, stride, offset, dtype, device)
 
     def _stable_hash_for_caching(self) -> str:
         arrays = [(array.dtype, array.shape, array.stride()) for array in self._stored.arrays.values()]
         return repr((self.__tensor_flatten__()[1], self.size(), self.stride(), self.requires_grad, arrays))
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        if name in (*ops.ARRAYS, "raw") and name in self._stored.arrays:
-            return self._stored.arrays[name]
+        array = name.removeprefix(_STORED)
+        if array in (*self._arrays, "raw") and array in self._stored.arrays:
+            found: torch.Tensor = self._stored.arrays[array]
+            return found
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     @classmethod
@@ -117,7 +123,12 @@ class CompressedTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _READERS and not torch.compiler.is_compiling() and not _needs_autograd(args, kwargs):
+            if (
+                cls is CompressedTensor
+                and func in _READERS
+                and not torch.compiler.is_compiling()
+                and not _needs_autograd(args, kwargs)
+            ):
                 args = tuple([a._decompressed() if type(a) is cls else a for a in args])
                 if kwargs:
                     kwargs = {name: a._decompressed() if type(a) is cls else a for name, a in kwargs.items()}
@@ -134,12 +145,13 @@ class CompressedTensor(torch.Tensor):
             # What torch composes of others (`to`, `reshape`) comes here in inference mode only.
             if (composed := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return composed
-            if func.is_view and args and isinstance(args[0], cls):
+            if func.is_view and args and isinstance(args[0], CompressedTensor):
                 return _viewed(func, *args, **kwargs)
             if func._schema.is_mutable:
                 return _written(func, args, kwargs)
-            after = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and not isinstance(a, cls)), None)
-            args, kwargs = tree_map(lambda a: a._decompressed(after) if isinstance(a, cls) else a, (args, kwargs))
+            plain = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and not isinstance(a, CompressedTensor))
+            after = next(plain, None)
+            args, kwargs = tree_map(lambda a: a._decompressed(after) if isinstance(a, CompressedTensor) else a, (args, kwargs))
             return func(*args, **kwargs)
 
     def _decompressed(self, after: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,7 +168,8 @@ class CompressedTensor(torch.Tensor):
     def _decompressed_anew(self, after: torch.Tensor | None = None) -> torch.Tensor:
         if self._whole is not None:  # as most are: the host's time counts
             stored = self._stored
-            return stored.decode(0, stored.numel, self.device, after)[0].view(self._whole)
+            weights: torch.Tensor = stored.decode(0, stored.numel, self.device, after)[0].view(self._whole)
+            return weights
         if not self.numel():
             return torch.empty_strided(self.size(), self.stride(), dtype=self.dtype, device=self.device)
         last = self.storage_offset() + sum((n - 1) * step for n, step in zip(self.size(), self.stride(), strict=True)) + 1
@@ -175,9 +188,10 @@ class CompressedTensor(torch.Tensor):
         start = weights.storage_offset() + self.storage_offset() - before * 2 // width
         return weights.as_strided(self.size(), self.stride(), start)
 
-    def _is_whole(self) -> bool:
-        """Whether it has every weight that is stored, once."""
-        return self.dtype == torch.bfloat16 and self.numel() == self._stored.numel and _is_dense(self)
+    def _alone(self) -> Stored | None:
+        """What is stored, where it has every weight of it once."""
+        whole = self.dtype == torch.bfloat16 and self.numel() == self._stored.numel and _is_dense(self)
+        return self._stored if whole else None
 
     def decompress(self) -> torch.Tensor:
         """The same weights as an ordinary tensor with memory of its own."""
@@ -187,23 +201,25 @@ class CompressedTensor(torch.Tensor):
 
     def units(self) -> list[ops.CompressedUnit]:
         """What is stored, as units of the published layout: one, or one a matrix of a stack, or one raw."""
-        return self._stored.units()
+        units: list[ops.CompressedUnit] = self._stored.units()
+        return units
 
     @property
     def is_compressed(self) -> bool:
         """False of weights stored as they are: those that have no code, and what only waits in host memory."""
-        return self._stored.raw is None
+        return "raw" not in self._stored.arrays
 
     @property
     def stored_bytes(self) -> int:
         """Bytes that storing it takes, the decode table included. Views share them."""
-        return self._stored.nbytes
+        size: int = self._stored.nbytes
+        return size
 
     # What torch's own methods cannot do without a storage.
 
     def data_ptr(self) -> int:
-        """No address, but a number of what is stored, which tied weights share: nothing can read there."""
-        return -1 - id(self._stored)
+        """No address, but a number of the place in what is stored, which tied weights share: nothing can read there."""
+        return -1 - (id(self._stored) << 40) - int(self.storage_offset())
 
     def numpy(self, *, force: bool = False) -> Any:
         """A copy, which cannot be written to: it would not be the weights that are written."""
@@ -253,13 +269,13 @@ class CompressedTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedTensor:
         if id(self) not in memo:
-            memo[id(self)] = _alike(self, copy.deepcopy(self._stored, memo), _state(self))
+            memo[id(self)] = _alike(self, copy.deepcopy(self._stored, memo), copy.deepcopy(attached(self), memo))
         copied: CompressedTensor = memo[id(self)]
         return copied
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         geometry = (tuple(self.size()), self.stride(), self.storage_offset(), self.dtype)
-        return _rebuild, (self._stored, *geometry, self.requires_grad, _state(self))
+        return _rebuild, (type(self), self._stored, *geometry, self.requires_grad, attached(self))
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -290,9 +306,9 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _state(tensor: torch.Tensor) -> dict[str, Any]:
-    """What others have attached to it, as torch's `_is_param`."""
-    return {name: value for name, value in tensor.__dict__.items() if name not in ("_stored", "_whole")}
+def attached(tensor: torch.Tensor) -> dict[str, Any]:
+    """What others have attached to a tensor, as torch's `_is_param`."""
+    return {name: value for name, value in tensor.__dict__.items() if name not in _ATTRIBUTES}
 
 
 def _alike(tensor: CompressedTensor, stored: Stored, state: dict[str, Any]) -> CompressedTensor:
@@ -300,12 +316,13 @@ def _alike(tensor: CompressedTensor, stored: Stored, state: dict[str, Any]) -> C
     elsewhere = tensor.device if tensor.device != tensor._stored.device else None
     place = (tensor.size(), tensor.stride(), tensor.storage_offset())
     grad = tensor.requires_grad and tensor.is_leaf
-    made = CompressedTensor.make(stored, *place, dtype=tensor.dtype, device=elsewhere, requires_grad=grad)
+    made = type(tensor).make(stored, *place, dtype=tensor.dtype, device=elsewhere, requires_grad=grad)
     made.__dict__.update(state)
     return made
 
 
 def _rebuild(
+    cls: type[CompressedTensor],
     stored: Stored,
     size: tuple[int, ...],
     stride: tuple[int, ...],
@@ -314,12 +331,12 @@ def _rebuild(
     requires_grad: bool,
     state: dict[str, Any],
 ) -> CompressedTensor:
-    made = CompressedTensor.make(stored, size, stride, offset, dtype, requires_grad=requires_grad)
+    made = cls.make(stored, size, stride, offset, dtype, requires_grad=requires_grad)
     made.__dict__.update(state)
     return made
 
 
-torch.serialization.add_safe_globals([CompressedTensor, Stored, _rebuild])
+torch.serialization.add_safe_globals([CompressedTensor, Units, _rebuild])
 
 
 def _needs_autograd(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -343,8 +360,8 @@ def _view(
     made = (tensor._stored, size, stride, offset, dtype or tensor.dtype, tensor.device)
     if torch.is_inference_mode_enabled() and not tensor.is_inference():  # as torch has it, so is the view none
         with torch.inference_mode(False):
-            return CompressedTensor.make(*made)
-    return CompressedTensor.make(*made)
+            return type(tensor).make(*made)
+    return type(tensor).make(*made)
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -375,13 +392,11 @@ def _viewed(func: Any, tensor: CompressedTensor, *args: Any, **kwargs: Any) -> A
 
 def _cloned(func: Any, tensor: CompressedTensor, memory_format: torch.memory_format | None = None) -> torch.Tensor:
     """A part of the weights is cloned as an ordinary tensor, and so is what shall lie differently in memory."""
-    same = memory_format in (None, torch.preserve_format) or (
-        memory_format == torch.contiguous_format and tensor.is_contiguous() and tensor.numel() == tensor._stored.numel
-    )
-    if not same or not tensor._is_whole():
+    same = memory_format in (None, torch.preserve_format) or (memory_format == torch.contiguous_format and tensor.is_contiguous())
+    alone = tensor._alone() if same else None
+    if alone is None:
         return func(tensor._decompressed(), memory_format=memory_format)  # type: ignore[no-any-return]
-    copied = CompressedTensor.make(tensor._stored.mapped(torch.clone), tensor.size(), tensor.stride(), 0, device=tensor.device)
-    return copied
+    return type(tensor).make(alone.mapped(torch.clone), tensor.size(), tensor.stride(), device=tensor.device)
 
 
 def _copied_to(
@@ -399,13 +414,15 @@ def _copied_to(
     device = torch.device(device) if device is not None else tensor.device
     if device.type == "meta":
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype or tensor.dtype, device=device)
-    if dtype not in (None, tensor.dtype) or memory_format not in (None, torch.preserve_format) or not tensor._is_whole():
+    same = dtype in (None, tensor.dtype) and memory_format in (None, torch.preserve_format)
+    alone = tensor._alone() if same else None
+    if alone is None:
         asked = {"dtype": dtype, "device": device, "pin_memory": pin_memory, "non_blocking": non_blocking} | others
         return func(tensor._decompressed(), memory_format=memory_format, **asked)  # type: ignore[no-any-return]
-    stored = tensor._stored.to(device, non_blocking)
+    stored = alone.to(device, non_blocking)
     if pin_memory:
         stored = stored.mapped(torch.Tensor.pin_memory)
-    return CompressedTensor.make(stored, tensor.size(), tensor.stride(), tensor.storage_offset())
+    return type(tensor).make(stored, tensor.size(), tensor.stride())
 
 
 def _pinned(func: Any, tensor: CompressedTensor, device: torch.device | None = None) -> CompressedTensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -17,14 +17,15 @@ SMALLEST_SIDE = 16  # of a matrix in a stack: what is smaller, such as a convolu
 
 
 class Held:
-    """Decompressed weights that somebody lends, bf16 of the stored shape: to one thread and, on a GPU, one stream."""
+    """What somebody lends in the place of what is stored, to one thread and, on a GPU, one stream: decompressed weights, bf16 of
+    the stored shape, or a matrix in the tiled layout where it is used."""
 
     __slots__ = ("_index", "_stream", "_thread", "weights")
 
-    def __init__(self, weights: torch.Tensor) -> None:
+    def __init__(self, weights: Any, device: torch.device) -> None:
         """Lent to the current thread on its current stream."""
         self.weights = weights
-        self._thread, self._index = threading.get_ident(), weights.get_device()
+        self._thread, self._index = threading.get_ident(), device.index if device.type == "cuda" else -1
         self._stream = self._current()
 
     def is_for_caller(self) -> bool:
@@ -36,48 +37,46 @@ class Held:
 
 
 class Stored:
-    """The weights of one tensor in the published layout, or, where they have no code (Inf, NaN, 2^113 and more) or are only kept
-    elsewhere, as they are.
+    """The weights of one tensor as arrays on one device, by name: in a layout of its own, or {"raw": bf16[numel]} where that
+    cannot hold them, or they are only kept elsewhere. A write replaces the arrays.
 
-    `arrays`: ARRAYS of `ops` on one device (without a table, one is made), or {"raw": bf16[numel]}. `shape`: the tensor's, as it
-    lies in memory. Experts, or whatever else is a stack of matrices, are units of their own with one code: `sizes` are the bytes of
-    each one's stream, () of raw weights. A write replaces the arrays.
+    `numbers`: integers without which the arrays cannot be read. `shape`: the tensor's, as it lies in memory.
     """
 
-    def __init__(self, arrays: dict[str, torch.Tensor], sizes: Sequence[int], shape: Sequence[int]) -> None:
-        self.arrays = arrays if {"raw", "table"} & arrays.keys() else _with_table(arrays)
-        self.sizes, self.shape = tuple(sizes), tuple(shape)
+    def __init__(self, arrays: dict[str, torch.Tensor], numbers: Sequence[int], shape: Sequence[int]) -> None:
+        self.arrays = arrays
+        self.numbers, self.shape = tuple(numbers), tuple(shape)
         self.numel = math.prod(shape)
         self.held: Held | None = None
-        self._units: list[CompressedUnit] = []
 
     @classmethod
-    def of(cls, units: Sequence[CompressedUnit], shape: Sequence[int]) -> Stored:
-        """Of units with one code and as many weights each; they are not copied where there is one."""
-        if units[0].raw is not None:
-            return cls({"raw": units[0].raw}, (), shape)
-        return cls(ops.join(units), [unit.encoded_exponent.numel() for unit in units], shape)
+    def encode(cls, weights: torch.Tensor, shape: Sequence[int]) -> Self:
+        """Compress bf16[numel] where it is."""
+        raise NotImplementedError
 
-    @classmethod
-    def encode(cls, weights: torch.Tensor, shape: Sequence[int]) -> Stored:
-        """Compress bf16[numel] where it is; a stack (`is_stack`) as a unit a matrix."""
-        if not weights.numel():
-            return cls({"raw": weights}, (), shape)
-        return cls.of(ops.encode_each(weights.chunk(shape[0] if is_stack(shape) else 1)), shape)
+    def decode(self, start: int, stop: int, device: torch.device, after: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        """At least the weights from `start` to before `stop`, in memory of their own unless they are stored raw; and how many
+        weights lie before them.
+
+        after: orders this behind the tensor in a traced graph.
+        """
+        raise NotImplementedError
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The arrays that cannot be made of the others."""
+        return self.arrays
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles: without what is derived or lent, and with arrays of their own."""
         arrays = {
-            name: array.clone() if array.untyped_storage().nbytes() > array.nbytes else array
-            for name, array in self.arrays.items()
-            if name != "table"
+            name: array.clone() if array.untyped_storage().nbytes() > array.nbytes else array for name, array in self.kept().items()
         }
-        return {"arrays": arrays, "sizes": self.sizes, "shape": self.shape}
+        return {"arrays": arrays, "numbers": self.numbers, "shape": self.shape}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["arrays"], state["sizes"], state["shape"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Stored:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = memo[id(self)] = self.mapped(torch.clone)
         return copied
 
@@ -92,23 +91,62 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays, the decode table included."""
+        """Bytes of the arrays, tables for decoding included."""
         return sum(array.nbytes for array in self.arrays.values())
 
     @property
     def is_traced(self) -> bool:
         """Whether a compiler looks at the arrays, which then hold no bits."""
-        return type(next(iter(self.arrays.values()))) is not torch.Tensor
+        return type(next(iter(self.arrays.values()))) is not torch.Tensor or torch._C._get_tracing_state() is not None
 
-    def mapped(self, work: Any) -> Stored:
+    def mapped(self, work: Any) -> Self:
         """The same of arrays that `work` makes of each of these."""
-        return Stored({name: work(array) for name, array in self.arrays.items()}, self.sizes, self.shape)
+        return type(self)({name: work(array) for name, array in self.arrays.items()}, self.numbers, self.shape)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Stored:
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """A copy on a device."""
-        moved = ((name, array) for name, array in self.arrays.items() if name != "table")
-        arrays = {name: array.to(device, non_blocking=non_blocking, copy=True) for name, array in moved}
-        return Stored(arrays, self.sizes, self.shape)
+        arrays = {name: array.to(device, non_blocking=non_blocking, copy=True) for name, array in self.kept().items()}
+        return type(self)(arrays, self.numbers, self.shape)
+
+    def write(self, weights: torch.Tensor) -> None:
+        """Store other weights, bf16[numel], where the arrays are."""
+        self.assign(type(self).encode(weights.to(self.device), self.shape))
+
+    def assign(self, other: Self) -> None:
+        """Store what another does. Its arrays are taken, not copied."""
+        self.arrays, self.numbers, self.held = other.arrays, other.numbers, None
+
+
+class Units(Stored):
+    """Weights in the published layout: one unit, or, of experts or whatever else is a stack of matrices, a unit each with one code.
+
+    Arrays: ARRAYS of `ops` (without a table, one is made). `numbers`: bytes of each unit's stream. Raw are weights that have no
+    code (Inf, NaN, 2^113 and more).
+    """
+
+    def __init__(self, arrays: dict[str, torch.Tensor], numbers: Sequence[int], shape: Sequence[int]) -> None:
+        super().__init__(arrays if {"raw", "table"} & arrays.keys() else _with_table(arrays), numbers, shape)
+        self._units: list[CompressedUnit] = []
+
+    @classmethod
+    def of(cls, units: Sequence[CompressedUnit], shape: Sequence[int]) -> Self:
+        """Of units with one code and as many weights each; they are not copied where there is one."""
+        if units[0].raw is not None:
+            return cls({"raw": units[0].raw}, (), shape)
+        return cls(ops.join(units), [unit.encoded_exponent.numel() for unit in units], shape)
+
+    @classmethod
+    def encode(cls, weights: torch.Tensor, shape: Sequence[int]) -> Self:
+        if not weights.numel():
+            return cls({"raw": weights}, (), shape)
+        return cls.of(ops.encode_each(weights.chunk(shape[0] if is_stack(shape) else 1)), shape)
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        return {name: array for name, array in self.arrays.items() if name != "table"}
+
+    def assign(self, other: Self) -> None:
+        super().assign(other)
+        self._units = []
 
     def units(self) -> list[CompressedUnit]:
         """As units, none of them copied."""
@@ -121,41 +159,24 @@ class Stored:
         if "raw" in arrays:
             return [CompressedUnit.make(((self.numel,),), {"raw": arrays["raw"]}, arrays["raw"].device)]
         arrays = arrays if "table" in arrays else _with_table(arrays)
-        weights = self.numel // len(self.sizes)
-        each = ops.split([arrays[name] for name in ops.ARRAYS], self.sizes, weights)
+        weights = self.numel // len(self.numbers)
+        each = ops.split([arrays[name] for name in ops.ARRAYS], self.numbers, weights)
         return [CompressedUnit(((weights,),), **dict(zip(ops.ARRAYS, own, strict=True))) for own in each]  # type: ignore[arg-type]
 
     def decode(self, start: int, stop: int, device: torch.device, after: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
-        """The weights of the units that have those from `start` to before `stop`, in memory of their own unless they are stored
-        raw; and how many weights lie before them.
-
-        after: orders this behind the tensor in a traced graph.
-        """
         if self.device != device:
             return self.to(device).decode(start, stop, device)
         if (raw := self.raw) is not None:
             return raw, 0
-        weights = self.numel // len(self.sizes)
+        weights = self.numel // len(self.numbers)
         first, last = start // weights, -(-stop // weights)
-        if self.is_traced or torch._C._get_tracing_state():
+        if self.is_traced:
             arrays = [self.arrays[name] for name in ops.ARRAYS]
-            return torch.ops.df11.decode(*arrays, self.sizes, weights, first, last, after), first * weights
+            return torch.ops.df11.decode(*arrays, self.numbers, weights, first, last, after), first * weights
         out = torch.empty((last - first) * weights, dtype=torch.bfloat16, device=device)
-        self.decode_into(out, first, last)
-        return out, first * weights
-
-    def decode_into(self, out: torch.Tensor, first: int = 0, last: int | None = None, kernel: str = "fast") -> None:
-        """The weights of some units into bf16[that many]."""
         some = self.units()[first:last]
-        ops.decompress(some, out.chunk(len(some)), kernel)
-
-    def write(self, weights: torch.Tensor) -> None:
-        """Store other weights, bf16[numel], where the arrays are."""
-        self.assign(Stored.encode(weights.to(self.device), self.shape))
-
-    def assign(self, other: Stored) -> None:
-        """Store what another does. Its arrays are taken, not copied."""
-        self.arrays, self.sizes, self._units, self.held = other.arrays, other.sizes, [], None
+        ops.decompress(some, out.chunk(len(some)))
+        return out, first * weights
 
 
 def is_stack(shape: Sequence[int]) -> bool:

@@ -1,0 +1,282 @@
+"""`TiledTensor`: bf16 weights in the tiled layout, whose products read them compressed (mode=fused).
+
+Where a linear layer asks for x W^T the kernels multiply without ever writing W to memory, where an embedding asks for rows they
+decode those. Every other operator gets the decompressed weights, as of any `CompressedTensor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+import xxhash
+from torch.nn import functional
+
+from df11 import dispatch, tiled_ops
+from df11.formats.tiled import ROWS
+from df11.ops import CompressedUnit, encode_each
+from df11.tensors.compressed import CompressedTensor
+from df11.tensors.stored import Stored
+from df11.tiled_ops import TiledWeight
+
+aten = torch.ops.aten
+
+
+class Tiles(Stored):
+    """A matrix [rows, columns] in the tiled layout. Arrays: those of `TiledWeight`; `numbers`: its `uppers`, and, where it is that
+    of several layers, a number by which compilers know it again, else 0. Raw is what would not get smaller."""
+
+    def __init__(self, arrays: dict[str, torch.Tensor], numbers: Sequence[int], shape: Sequence[int]) -> None:
+        super().__init__(arrays, numbers, shape)
+        self._weight: TiledWeight | None = None
+
+    @classmethod
+    def of(cls, weight: TiledWeight, merged: bool = False) -> Self:
+        number = xxhash.xxh3_64_intdigest(weight.tiles.cpu().numpy().data) >> 1 if merged else 0
+        return cls(dict(zip(tiled_ops.ARRAYS, weight.arrays, strict=True)), (weight.uppers, number), weight.shape)
+
+    @classmethod
+    def encode(cls, weights: torch.Tensor, shape: Sequence[int]) -> Self:
+        weight = TiledWeight.encode(weights.view(shape)) if len(shape) == 2 and weights.numel() else None
+        return cls.of(weight) if weight is not None else cls({"raw": weights}, (), shape)
+
+    def assign(self, other: Self) -> None:
+        super().assign(other)
+        self._weight = None
+
+    def weight_of(self, arrays: dict[str, torch.Tensor]) -> TiledWeight:
+        """As arrays that hold the same somewhere else have it."""
+        rows, columns = self.shape
+        return TiledWeight((rows, columns), **arrays, uppers=self.numbers[0])
+
+    def weight(self, device: torch.device | None = None) -> TiledWeight:
+        """The matrix, which must not be raw; on a device that is not the arrays' it is lent, or a copy."""
+        if self.held is not None and self.held.is_for_caller():
+            lent: TiledWeight = self.held.weights
+            return lent
+        if device is not None and device != self.device:
+            return self.to(device).weight()
+        if self._weight is None:
+            self._weight = self.weight_of(self.arrays)
+        return self._weight
+
+    def decode(self, start: int, stop: int, device: torch.device, after: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        if self.raw is not None:
+            return self.raw.to(device), 0
+        columns = self.shape[1]
+        first, last = start // columns // ROWS * ROWS, min(-(-stop // columns // ROWS) * ROWS, self.shape[0])
+        weight = self.weight(device)
+        if last - first < self.shape[0]:
+            weight = weight.part(first, last)
+        if self.is_traced:
+            weights = torch.ops.df11.tiled_decode(weight.arrays, weight.uppers, *weight.shape, after)
+        else:
+            weights = weight.decompress()
+        return weights.view(-1), first * columns
+
+    def cut(self, first: int, last: int) -> Self:
+        """Rows from `first`, a multiple of 16, to before `last`, another or the end. Nothing but places is copied."""
+        weight = self.weight().part(first, last)
+        (byte, patch), (last_byte, last_patch) = (weight.tiles[[0, -1]].long() & 0xFFFFFFFF).tolist()
+        arrays = dict(zip(tiled_ops.ARRAYS, weight.arrays, strict=True))
+        arrays |= {"stream": weight.stream[byte:last_byte], "patches": weight.patches[patch:last_patch]}
+        return type(self)(arrays | {"tiles": weight.tiles - weight.tiles[0]}, self.numbers, weight.shape)
+
+
+class Merged:
+    """The weights of several linear layers with the same input, stored one below the other: the first layer computes the product
+    for all. Nothing depends on it: a layer whose input is another's computes its own."""
+
+    def __init__(self, whole: TiledTensor, sizes: Sequence[int], biases: Sequence[torch.Tensor] = ()) -> None:
+        """sizes: rows of each. biases: each layer's, parts of one tensor, one after the other; none, or of all."""
+        self.whole, self.sizes, self.biases = whole, list(sizes), list(biases)
+        self.bias = biases[0].detach().as_strided((sum(sizes),), (1,)) if biases else None
+        self._kept: tuple[torch.Tensor, Sequence[torch.Tensor], tuple[int, int]] | None = None  # the last input, all outputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}
+
+    def use_on(self, device: torch.device) -> None:
+        """Compute on a device, wherever the weights are stored."""
+        if self.whole.device != device:
+            self.whole = TiledTensor.make(self.whole._stored, self.whole.shape, device=device)
+
+    def linear(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """x W^T + bias of one of the layers. x has no gradient."""
+        state = _state(x)
+        kept = self._kept
+        if not index or kept is None or kept[0] is not x or kept[2] != state:
+            parts: Sequence[torch.Tensor] = functional.linear(x, self.whole, self.bias).split_with_sizes(self.sizes, -1)
+            self._kept = x, parts, state
+        else:
+            parts = kept[1]
+        if index == len(self.sizes) - 1:
+            self._kept = None
+        return parts[index]
+
+    def has(self, bias: torch.Tensor | None, index: int) -> bool:
+        """Whether a layer's bias is the one that is merged."""
+        if bias is None or not self.biases:
+            return bias is None and not self.biases
+        return bias.data_ptr() == self.biases[index].data_ptr()
+
+
+class TiledTensor(CompressedTensor):
+    """A `CompressedTensor` in the tiled layout. `F.linear` with it is `df11.ops.linear`: it sums in another order than cuBLAS, so
+    its results may differ in their last bits. `TiledTensor(weights)` compresses a bf16 matrix [out, in] where it is."""
+
+    _layout = Tiles
+    _arrays = tiled_ops.ARRAYS
+    merged: tuple[Merged, int] | None = None  # with which it is stored, and which of them it is
+    _known: tuple[object, TiledWeight | None] = (None, None)  # arrays, and their rows that are this tensor's
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is functional.linear and not kwargs:
+            x, weight, bias = args if len(args) == 3 else (*args, None)
+            if type(weight) is cls and not _needs_gradients(x, bias):
+                if weight._stored.numbers[1:] > (0,) and bias is None and weight._stored.is_traced and weight._range():
+                    return weight._traced_linear(x)
+                if (merged := weight.merged) is not None and type(x) is torch.Tensor and merged[0].has(bias, merged[1]):
+                    return merged[0].linear(x, merged[1])
+                if weight._is_hot(x) and (own := weight._rows()) is not None:
+                    return dispatch.linear(own, x, bias)
+        elif func is functional.embedding and len(args) > 1 and (found := _embedding(*args, **(kwargs or {}))) is not None:
+            return found
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if (own := _OWN.get(func)) and (found := own(*args, **(kwargs or {}))) is not None:
+                return found
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _traced_linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T where a compiler traces: one product for all layers that have this input, of which compilers know no more."""
+        stored, done = self._stored, x.__dict__.setdefault("_df11_products", {})
+        if stored.numbers not in done:
+            with torch._C.DisableTorchFunctionSubclass():
+                done[stored.numbers] = functional.linear(x, TiledTensor.make(stored, stored.shape))
+        first, last = self._range() or (0, 0)
+        y: torch.Tensor = done[stored.numbers][..., first:last]
+        return y
+
+    def _is_hot(self, x: torch.Tensor) -> bool:
+        """Whether a product may skip torch's dispatcher: no mode and no transformation looks at it."""
+        if type(x) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
+            return False
+        if torch._C._is_any_autocast_enabled():
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return False
+        return _fits(x, self.shape[1], self.device)
+
+    def _rows(self, turned: bool = False) -> TiledWeight | None:
+        """The matrix that this tensor is, or its transpose, where that is rows of whole tiles; None where it is not."""
+        stored = self._stored
+        if stored.held is None and stored.arrays is self._known[0] and not turned:
+            return self._known[1]
+        found = None
+        if (where := self._range(turned)) is not None and "raw" not in stored.arrays:
+            whole = stored.weight(self.device)
+            found = whole if where == (0, stored.shape[0]) else whole.part(*where)
+        if stored.held is None and stored.device == self.device and not turned:
+            self._known = stored.arrays, found
+        return found
+
+    def _range(self, turned: bool = False) -> tuple[int, int] | None:
+        """Which rows of what is stored this tensor is, or its transpose: first, and behind the last; None where it is none."""
+        stored = self._stored
+        if self.dim() != 2 or self.dtype != torch.bfloat16 or len(stored.shape) != 2 or not self.numel():
+            return None
+        (rows, columns), stride = (self.size(), self.stride()) if not turned else (self.size()[::-1], self.stride()[::-1])
+        first, beside = divmod(int(self.storage_offset()), stored.shape[1])
+        whole = columns == stored.shape[1] and stride == (columns, 1) and not beside
+        tiles = first % ROWS == 0 and ((first + rows) % ROWS == 0 or first + rows == stored.shape[0])
+        return (first, first + rows) if whole and tiles else None
+
+    def _decompressed(self, after: torch.Tensor | None = None) -> torch.Tensor:
+        return self._decompressed_anew(after)  # what is lent is compressed too
+
+    def _alone(self) -> Stored | None:
+        if (alone := super()._alone()) is not None or "raw" in self._stored.arrays:
+            return alone
+        turned = self.dim() == 2 and not self.is_contiguous()
+        where = self._range(turned)
+        return None if where is None else self._stored.cut(*where)  # type: ignore[no-any-return]
+
+    def units(self) -> list[CompressedUnit]:
+        """Compressed anew, as units of the published layout."""
+        return encode_each([self.decompress().contiguous().view(-1)])
+
+
+torch.serialization.add_safe_globals([TiledTensor, Tiles, Merged])
+
+
+def _state(x: torch.Tensor) -> tuple[int, int]:
+    """What else must be the same where an input is: the current stream, and, where torch counts them, the writes to it."""
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
+    return stream, 0 if x.is_inference() else x._version
+
+
+def _needs_gradients(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _fits(x: torch.Tensor, columns: int, device: torch.device) -> bool:
+    return x.dtype == torch.bfloat16 and x.dim() > 0 and x.shape[-1] == columns and x.device == device and x.numel() > 0
+
+
+def _embedding(
+    ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None, max_norm: float | None = None, *more: Any, **named: Any
+) -> torch.Tensor | None:
+    """Rows of the weights; None where that is not all that is asked for, or so many are that they need most tiles."""
+    plain = type(ids) is torch.Tensor and type(weight) is TiledTensor and max_norm is None
+    return _looked_up(weight, ids) if plain and not torch._C._len_torch_dispatch_stack() else None  # type: ignore[arg-type]
+
+
+def _looked_up(weight: TiledTensor, ids: torch.Tensor, *others: Any) -> torch.Tensor | None:
+    if weight.requires_grad or ids.device != weight.device or not ids.numel() or ids.numel() * ROWS >= weight.shape[0]:
+        return None
+    if ids.dtype not in (torch.int64, torch.int32) or (own := weight._rows()) is None:
+        return None
+    if weight._stored.is_traced:
+        found: torch.Tensor = torch.ops.df11.tiled_rows(ids.long(), own.arrays, own.uppers, *own.shape)
+        return found
+    return own.rows(ids.long())
+
+
+def _mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    """x W^T + bias, where `weight` is the transpose of a TiledTensor."""
+    if not isinstance(weight, TiledTensor) or isinstance(x, CompressedTensor) or not _fits(x, weight.shape[0], weight.device):
+        return None
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != weight.shape[1:]):
+        return None
+    if (own := weight._rows(turned=True)) is None:
+        return None
+    if weight._stored.is_traced:
+        y: torch.Tensor = torch.ops.df11.linear(x, own.arrays, own.uppers, *own.shape, bias)
+        return y
+    return dispatch.linear(own, x, bias) if type(x) is torch.Tensor else None
+
+
+def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor | None:
+    return _mm(x, weight, bias) if beta == alpha == 1 else None
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    return _mm(x, weight.t(), bias) if weight.dim() == 2 else None
+
+
+_OWN: dict[Any, Callable[..., torch.Tensor | None]] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.linear.default: _linear,  # comes here in inference mode only
+    aten.embedding.default: _looked_up,
+}
