@@ -99,7 +99,7 @@ class Launch:
         self._config = _Config((blocks, 1, 1), (threads, 1, 1), shared, None, ctypes.pointer(_OVERLAP), int(overlap))
         self._stream = 0
         self._call = _library().cuLaunchKernelEx
-        self._arguments = (ctypes.byref(self._config), function, pointers, None)
+        self._arguments = (ctypes.pointer(self._config), function, pointers, None)
 
     def __call__(self, stream: int, *values: int | bytes) -> int:
         """Launch on a stream of the current context. Returns the driver's code, 0 for success."""

@@ -136,7 +136,8 @@ def _offloaded(module: nn.Module) -> Iterator[tuple[MutableMapping[str, torch.Te
     hook: Any = module.__dict__.get("_hf_hook")
     for one in getattr(hook, "hooks", (hook,)):
         kept = getattr(one, "weights_map", None)
-        weights = getattr(getattr(kept, "dataset", kept), "state_dict", kept)
+        weights = getattr(kept, "dataset", kept)
+        weights = getattr(weights, "state_dict", weights)
         for name, parameter in module._parameters.items():
             key = f"{getattr(kept, 'prefix', '')}{name}"
             if parameter is not None and parameter.is_meta and isinstance(weights, MutableMapping) and key in weights:

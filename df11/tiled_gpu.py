@@ -115,6 +115,11 @@ class _Kernels:
         """Of warps that have a tile's codes in shared memory, each."""
         return Step(name, blocks, LANES * warps, self.fixed_shared + warps * code_bytes(fragments) + more_shared, arguments)
 
+    def stream(self) -> int:
+        """Torch's current one."""
+        found: int = torch._C._cuda_getCurrentRawStream(self.device.index)
+        return found
+
     def run(self, stream: int, launches: Sequence[Launch], arguments: Sequence[Sequence[int | bytes]]) -> None:
         """One after the other. With the lock held."""
         here = torch._C._cuda_getDevice() == self.device.index
@@ -371,7 +376,7 @@ class _Product:
     def __call__(self, matrix: bytes, x: int, bias: int, y: int) -> None:
         """Launch on torch's current stream. matrix: tiled::Matrix; the others are addresses."""
         kernels = self.kernels
-        stream = torch._C._cuda_getCurrentRawStream(kernels.device.index)
+        stream = kernels.stream()
         given = (matrix, x, bias, y)
         with kernels.lock:
             if not self._constants:
@@ -482,4 +487,4 @@ def gather(ids: torch.Tensor, weight: Packed) -> torch.Tensor:
 def _run(index: int, launch: Launch, *arguments: int | bytes) -> None:
     kernels = _kernels(index)
     with kernels.lock:
-        kernels.run(torch._C._cuda_getCurrentRawStream(index), (launch,), (arguments,))
+        kernels.run(kernels.stream(), (launch,), (arguments,))

@@ -6,11 +6,15 @@ import json
 import math
 import re
 import shutil
+import struct
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -145,84 +149,159 @@ def test_few_warps_where_x_takes_the_room() -> None:
     assert tiled_gpu.plan(64, 90_000, 32, 132, 197_000, 35_000) == (4, (197_000 - 2 * 512 * 176) // tiled_gpu.code_bytes(32))
 
 
+class Launched(NamedTuple):
+    step: tiled_gpu.Step
+    given: tuple[int | bytes, ...]
+
+
 class Recorder:
     """Stands for the kernels of a GPU: keeps what would be launched."""
 
     overlap, wide, room = True, False, 197_000
-    device = SimpleNamespace(processors=132)
+    device = SimpleNamespace(processors=132, index=-1)
     fixed_shared = 35_000
+    lock = threading.Lock()
 
     def __init__(self) -> None:
-        self.launched: list[tiled_gpu.Launch] = []
+        self.launched: list[Launched] = []
+        self.kept = torch.empty(0, dtype=torch.uint8)
 
-    def run(self, *launches: tiled_gpu.Launch) -> None:
-        self.launched.extend(launches)
+    def prepare(self, step: tiled_gpu.Step) -> Callable[..., int]:
+        def launch(stream: int, *given: int | bytes) -> int:
+            self.launched.append(Launched(step, given))
+            struct.pack("=" + "".join(step.arguments), *given)  # they fit
+            return 0
+
+        return launch
+
+    def buffer(self, stream: int, size: int) -> torch.Tensor:
+        self.kept = torch.empty(size, dtype=torch.uint8)
+        return self.kept
+
+    def stream(self) -> int:
+        return 7
 
     over_tiles = tiled_gpu._Kernels.over_tiles
 
+    def run(self, stream: int, launches: Sequence[tiled_gpu.Launch], arguments: Sequence[Sequence[int | bytes]]) -> None:
+        for launch, given in zip(launches, arguments, strict=True):
+            launch(stream, *given)
 
-def test_what_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def forget() -> None:
+    for prepared in (tiled_gpu._product, tiled_gpu._decompression, tiled_gpu._gathering):
+        prepared.cache_clear()
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    made = Recorder()
+    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: made)
+    forget()
+    yield made
+    forget()
+
+
+def test_what_would_be_launched(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = TiledWeight.encode((torch.randn(80, 8192, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16())
     assert weight is not None
-    recorder = Recorder()
-    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: recorder)
     place = weight.arrays, weight.uppers, 80, 8192
     bias = torch.zeros(80).bfloat16()
+
+    def product(batch: int, wgmma: bool = True) -> list[Launched]:
+        recorder.launched.clear()
+        tiled_gpu.linear(torch.randn(batch, 8192).bfloat16(), *place, bias, wgmma)
+        return list(recorder.launched)
+
     for batch in (1, 16, 64):
         recorder.launched.clear()
         x = torch.randn(1, batch, 8192).bfloat16()
         y = tiled_gpu.linear(x, *place, bias)
-        name, _, threads, shared, (matrix, *others) = recorder.launched[0]
+        (name, _, threads, shared, _), (matrix, *others) = recorder.launched[0]
         assert name == ("tiled_product" if batch == 1 else f"tiled_products_{batch}")
         assert shared > 35_000 + threads // 32 * tiled_gpu.code_bytes(32) and y.shape == (1, batch, 80)
         pointers = [array.data_ptr() for array in weight.arrays]
-        assert tiled_gpu.MATRIX.unpack(matrix) == (*pointers, weight.uppers, 80, 8192, 32)
+        assert tiled_gpu.MATRIX.unpack(matrix) == (*pointers, weight.uppers, 80, 8192, 32)  # type: ignore[arg-type]
         assert others[:3] == [x.data_ptr(), bias.data_ptr(), y.data_ptr()]
         if batch > 1:
-            _, asked, splits, *_ = tiled_gpu.SPREAD.unpack(others[3])
-            assert asked == batch and splits > 1 and recorder.launched[1][0] == "tiled_add_up"
+            partial, asked, splits, *_ = others[3:]
+            assert asked == batch and splits > 1 and recorder.launched[1].step.name == "tiled_add_up"  # type: ignore[operator]
+            assert (
+                recorder.launched[1].given[:3] == (partial, bias.data_ptr(), y.data_ptr()) and partial == recorder.kept.data_ptr()
+            )
+            assert recorder.kept.numel() == 4 * splits * batch * 80  # type: ignore[operator]
     recorder.wide = True  # as on compute capability 9.0
+    forget()
     for batch, size in {8: 0, 9: 16, 16: 16, 17: 32, 65: 128, 128: 128, 33: 64, 64: 64}.items():
-        recorder.launched.clear()
-        tiled_gpu.linear(torch.randn(batch, 8192).bfloat16(), *place, bias)
         wide = [f"tiled_pack_{size}", f"tiled_wide_{size}", "tiled_add_up"]
-        assert [name for name, *_ in recorder.launched] == (wide if size else ["tiled_products_8", "tiled_add_up"])
-    packing, (_, *launched, (matrix, _, _, _, spread)), added = recorder.launched
-    _, packed, turned, sizes = packing.arguments
-    assert packing.blocks * packing.threads >= 64 * 512 and tiled_gpu.SIZES.unpack(sizes) == (64, 8192, 512)
+        assert [step.name for step, _ in product(batch)] == (wide if size else ["tiled_products_8", "tiled_add_up"])
+    (packing, (_, packed, turned, *sizes)), (step, (_, _, _, _, *spread)), (_, added) = recorder.launched
+    assert packing.blocks * packing.threads >= 64 * 512 and sizes == [64, 8192, 512]
     how = tiled_gpu.plan_wide(80, 8192, 32, 64, 132, recorder.room)
-    assert how and launched == [how.blocks, 32 * how.warps, 35_000 + how.warps * tiled_gpu.code_bytes(32) + how.shared]
-    assert (packed, turned) == tiled_gpu.WIDE_SPREAD.unpack(spread)[:2]
-    packed, turned, _, asked, splits, whole, pieces = tiled_gpu.WIDE_SPREAD.unpack(spread)
-    assert asked == 64 and splits == how.splits > 1 and turned - packed == 64 * 8192 * 2
-    assert (whole, pieces) == (0, 0) and tiled_gpu.SUMS.unpack(added.arguments[-1]) == (80, 64, splits, 0)
-    recorder.launched.clear()
-    monkeypatch.setattr(tiled_gpu, "plan_wide", lambda *arguments: tiled_gpu.WidePlan(64, 1, 16, 1, 1, 4, 1000))
-    tiled_gpu.linear(torch.randn(64, 8192).bfloat16(), *place, bias)  # rows from 64 on are dealt in four pieces
-    _, (*_, (*_, spread)), added = recorder.launched
-    assert tiled_gpu.WIDE_SPREAD.unpack(spread)[3:] == (64, 1, 1, 4)
-    assert tiled_gpu.SUMS.unpack(added.arguments[-1]) == (80, 64, 4, 64)
-    assert added.blocks * added.threads >= 16 * 64
-    monkeypatch.undo()
-    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: recorder)
-    recorder.launched.clear()
-    tiled_gpu.linear(torch.randn(16, 8192).bfloat16(), *place, bias, wgmma=False)
-    assert recorder.launched[0][0] == "tiled_products_16"
-    recorder.launched.clear()
+    assert how and step[1:4] == (how.blocks, 32 * how.warps, 35_000 + how.warps * tiled_gpu.code_bytes(32) + how.shared)
+    assert [packed, turned] == spread[:2] and packed == recorder.kept.data_ptr()
+    packed, turned, partial, asked, splits, whole, pieces = map(int, spread)
+    assert asked == 64 and splits == how.splits > 1 and turned - packed == partial - turned == 64 * 8192 * 2
+    assert (whole, pieces) == (0, 0) and added[3:] == (80, 64, splits, 0) and added[0] == partial
+    assert recorder.kept.numel() == partial - packed + 4 * splits * 64 * 80
+    with monkeypatch.context() as patched:
+        patched.setattr(tiled_gpu, "plan_wide", lambda *arguments: tiled_gpu.WidePlan(64, 1, 16, 1, 1, 4, 1000))
+        forget()
+        _, (_, wide_given), (step, added) = product(64)  # rows from 64 on are dealt in four pieces
+        assert wide_given[-4:] == (64, 1, 1, 4) and added[3:] == (80, 64, 4, 64) and step.blocks * step.threads >= 16 * 64
+    forget()
+    assert product(16, wgmma=False)[0].step.name == "tiled_products_16"
     with pytest.raises(ValueError, match="1 to 64 rows"):
-        tiled_gpu.linear(torch.randn(65, 8192).bfloat16(), *place, bias, wgmma=False)
+        product(65, wgmma=False)
     recorder.room = 50_000  # less than the rings of 16 rows take, but enough for a tile of x
-    tiled_gpu.linear(torch.randn(16, 8192).bfloat16(), *place, bias)
-    assert recorder.launched[0][0] == "tiled_products_16"
+    forget()
+    assert product(16)[0].step.name == "tiled_products_16"
     with pytest.raises(ValueError, match="65 rows of x do not fit"):
-        tiled_gpu.linear(torch.randn(65, 8192).bfloat16(), *place, bias)
+        product(65)
     out = torch.empty(80, 8192).bfloat16()
-    tiled_gpu.decompress(weight.arrays, weight.uppers, out)
-    assert recorder.launched[-1][0] == "tiled_decompress" and recorder.launched[-1].arguments[-1] == out.data_ptr()
+    tiled_gpu.decompress(weight.packed, out)
+    assert recorder.launched[-1].step.name == "tiled_decompress" and recorder.launched[-1].given[-1] == out.data_ptr()
     ids = torch.tensor([[3], [1]])
-    assert tiled_gpu.gather(ids, *place).shape == (2, 1, 8192) and recorder.launched[-1][:2] == ("tiled_rows", 2)
+    assert tiled_gpu.gather(ids, weight.packed).shape == (2, 1, 8192) and recorder.launched[-1].step[:2] == ("tiled_rows", 2)
     count = len(recorder.launched)
-    assert tiled_gpu.gather(ids[:0], *place).shape == (0, 1, 8192) and len(recorder.launched) == count
+    assert tiled_gpu.gather(ids[:0], weight.packed).shape == (0, 1, 8192) and len(recorder.launched) == count
+
+
+def test_plans_are_made_once(recorder: Recorder) -> None:
+    """For a shape and a number of rows of x; another matrix of the shape is launched by the same."""
+    first, second = (TiledWeight.encode((torch.randn(80, 512) * 0.02).bfloat16()) for _ in range(2))
+    assert first is not None and second is not None
+    for weight in (first, second, first):
+        weight.packed, tiled_gpu.product(torch.randn(1, 512).bfloat16(), weight.packed)
+    assert tiled_gpu._product.cache_info().misses == 1
+    assert [launched.given[0] for launched in recorder.launched] == [w.packed.matrix for w in (first, second, first)]
+
+
+def test_launches_where_no_context_is_current() -> None:
+    """In a new thread there is none: it is set, and the launch tried again; other codes are errors."""
+    kernels, codes, entered = tiled_gpu._Kernels.__new__(tiled_gpu._Kernels), [driver.NO_CONTEXT, 0, 0, 7], []
+
+    class Device:
+        index = 0
+
+        @contextmanager
+        def current(self) -> Iterator[None]:
+            entered.append(True)
+            yield
+
+    kernels.device = Device()  # type: ignore[assignment]
+    with patch.object(torch._C, "_cuda_getDevice", lambda: 0, create=True), patch.object(driver, "_library", SimpleNamespace):
+        launch = lambda *given: codes.pop(0)  # noqa: E731
+        kernels.run(0, (launch,), ((1,),))
+        assert len(entered) == 1 and codes == [0, 7]
+        kernels.run(0, (launch,), ((1,),))
+        assert len(entered) == 1
+        with pytest.raises(AttributeError, match="cuGetErrorString"):
+            kernels.run(0, (launch,), ((1,),))
+    with patch.object(torch._C, "_cuda_getDevice", lambda: 1, create=True):  # of another GPU
+        codes[:] = [0]
+        kernels.run(0, (launch,), ((1,),))
+        assert len(entered) == 2
 
 
 def test_what_the_driver_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,19 +316,19 @@ def test_what_the_driver_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_library", lambda: SimpleNamespace(cuLaunchKernelEx=take, cuGetErrorString=lambda *given: 0))
     matrix, sizes, code = bytes(range(80)), bytes(range(12)), 0
     for overlap in (True, False):
-        driver.launch(ctypes.c_void_p(7), 132, 768, 4096, 2**40, (matrix, 2**63 + 1, 0, sizes), overlap)
-        expected = [matrix, (2**63 + 1).to_bytes(8, "little"), bytes(8), sizes]
-        assert seen.pop() == (7, (132, 1, 1, 768, 1, 1, 4096, 2**40, int(overlap)), 6, expected)
+        launch = driver.Launch(ctypes.c_void_p(7), 132, 768, 4096, ("80s", "Q", "Q", "12s"), overlap)
+        for stream, address in ((2**40, 2**63 + 1), (0, 5), (2**40, 6)):
+            assert launch(stream, matrix, address, 0, sizes) == 0
+            expected = [matrix, address.to_bytes(8, "little"), bytes(8), sizes]
+            assert seen.pop() == (7, (132, 1, 1, 768, 1, 1, 4096, stream or None, int(overlap)), 6, expected)
     code = 1
     with pytest.raises(driver.DriverError, match=r"cuLaunchKernelEx: unknown error \(1\)"):
-        driver.launch(ctypes.c_void_p(7), 132, 768, 4096, 0, (matrix, 1, 0, sizes), overlap=True)
+        driver.check(launch(0, matrix, 1, 0, sizes))
 
 
-def test_what_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_not_launched(recorder: Recorder) -> None:
     weight = TiledWeight.encode((torch.randn(80, 1002, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16())
     assert weight is not None
-    recorder = Recorder()
-    monkeypatch.setattr(tiled_gpu, "_kernels", lambda index: recorder)
     x, place = torch.zeros(1, 1002).bfloat16(), (weight.arrays, weight.uppers, 80, 1002)
     wrong: dict[str, Callable[[], object]] = {
         "x: torch.float32": lambda: tiled_gpu.linear(x.float(), *place),
@@ -259,8 +338,8 @@ def test_what_does_not_fit_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> N
         "low: torch.int8": lambda: tiled_gpu.linear(x, [weight.low.view(torch.int8), *weight.arrays[1:]], *place[1:]),
         "low must start": lambda: tiled_gpu.linear(x, [shifted(weight.low), *weight.arrays[1:]], *place[1:]),
         "a matrix of 96 x 1002": lambda: tiled_gpu.linear(x, weight.arrays, weight.uppers, 96, 1002),
-        "out: torch.float32": lambda: tiled_gpu.decompress(weight.arrays, weight.uppers, torch.empty(80, 1002)),
-        "ids: dtype torch.int32": lambda: tiled_gpu.gather(torch.zeros(1, dtype=torch.int32), *place),
+        "out: torch.float32": lambda: tiled_gpu.decompress(weight.packed, torch.empty(80, 1002)),
+        "ids: torch.int32": lambda: tiled_gpu.gather(torch.zeros(1, dtype=torch.int32), weight.packed),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -412,6 +491,6 @@ def test_opcheck() -> None:
     assert weight is not None
     place = weight.arrays, weight.uppers, 200, 512
     torch.library.opcheck(torch.ops.df11.tiled_linear.default, (torch.randn(2, 512).bfloat16(), *place))
-    torch.library.opcheck(torch.ops.df11.tiled_decompress.default, (weight.arrays, weight.uppers, torch.empty(200, 512).bfloat16()))
+    torch.library.opcheck(torch.ops.df11.tiled_decode.default, place)
     torch.library.opcheck(torch.ops.df11.linear.default, (torch.randn(2, 512).bfloat16(), *place))
     torch.library.opcheck(torch.ops.df11.tiled_rows.default, (torch.tensor([3, 7]), *place))

@@ -233,7 +233,7 @@ def test_spawned_processes() -> None:
 
 def test_what_is_lent_is_for_one_thread() -> None:
     tensor = CompressedTensor(WEIGHTS["matrix"])
-    tensor._stored.held = Held(torch.zeros(tensor.shape, dtype=torch.bfloat16))
+    tensor._stored.held = Held(torch.zeros(tensor.shape, dtype=torch.bfloat16), tensor.device)
     assert not (tensor + 0).any() and same(dense(tensor), WEIGHTS["matrix"])
     with ThreadPoolExecutor(1) as pool:
         assert same(pool.submit(lambda: dense(tensor + 0)).result(), WEIGHTS["matrix"])
@@ -312,7 +312,7 @@ def test_compiled_code_does_not_write() -> None:
 def test_opcheck(of: str) -> None:
     tensor = CompressedTensor(WEIGHTS[of])
     arrays, units = [getattr(tensor, name) for name in ops.ARRAYS], len(tensor.units())
-    sizes = list(tensor._stored.sizes)
+    sizes = list(tensor._stored.numbers)
     torch.library.opcheck(torch.ops.df11.decode.default, (*arrays, sizes, tensor.numel() // units, units - 1, units))
     found = torch.ops.df11.decode(*arrays, sizes, tensor.numel() // units, 0, units)
     assert same_bits(found.view(tensor.shape), WEIGHTS[of])
@@ -356,7 +356,7 @@ def test_nothing_that_is_lent_gets_away() -> None:
     weights = WEIGHTS["matrix"].clone()
     tensor = CompressedTensor(weights)
     lent = weights.clone()
-    tensor._stored.held = Held(lent)
+    tensor._stored.held = Held(lent, tensor.device)
     kept = [work(tensor) for work in (VIEWS | OTHERS).values()]
     tensor._stored.held = None
     lent.zero_()

@@ -248,7 +248,7 @@ def test_opcheck() -> None:
     for shape in ((300, 512), (5, 96, 64)):
         tensor = CompressedTensor(normal(*shape, device="cuda"))
         arrays = [getattr(tensor, name) for name in ops.ARRAYS]
-        sizes, units = list(tensor._stored.sizes), len(tensor.units())
+        sizes, units = list(tensor._stored.numbers), len(tensor.units())
         torch.library.opcheck(torch.ops.df11.decode.default, (*arrays, sizes, tensor.numel() // units, units - 1, units))
 
 
