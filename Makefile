@@ -50,7 +50,7 @@ kernels:  ## compile every kernel (needs nvcc, no GPU)
 	  nvcc -O3 -std=c++17 -Werror all-warnings -arch=sm_90a -cubin -o /dev/null kernels/$$name.cu || exit 1; done
 
 gpu-test:  ## the tests that need a GPU, then compute-sanitizer (in an environment that has torch with CUDA and pycuda)
-	$(PYTHON) -m pytest tests/test_gpu.py tests/test_tensors_gpu.py tests/test_tiled_gpu.py tests/test_models_gpu.py -m "gpu or gpu2"
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_tensors_gpu.py tests/test_tiled_gpu.py tests/test_fused_gpu.py tests/test_models_gpu.py -m "gpu or gpu2"
 	@$(MAKE) --no-print-directory --output-sync=target --keep-going --jobs=8 $(SANITIZED)
 
 sanitize-bench-%:
