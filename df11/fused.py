@@ -78,17 +78,13 @@ def _fuse_merged(model: nn.Module, chosen: dict[int, str], pools: _Pools) -> lis
             continue
         if (weight := TiledWeight.encode(torch.cat([dense(w.detach()) for w in weights]))) is None:
             continue
-        stored = _store(weight, pools, merged=True)
-        whole = TiledTensor.make(stored, stored.shape)
         joined = torch.cat([bias.detach() for bias in biases]) if biases else torch.empty(0)
         for bias, part in zip(biases, joined.split(sizes if biases else 0), strict=False):
             bias.data = part
-        merged = Merged(whole, sizes, biases)
-        for index, (layer, part) in enumerate(zip(layers, torch.split(whole, sizes), strict=True)):
-            made = replacement(layer.weight, part)
-            made.merged = merged, index  # type: ignore[attr-defined]
+        stored = _store(weight, pools, Merged(sizes, biases))
+        for layer, part in zip(layers, torch.split(TiledTensor.make(stored, stored.shape), sizes), strict=True):
             done.append(chosen.pop(id(layer.weight)))
-            layer._parameters["weight"] = made
+            layer._parameters["weight"] = replacement(layer.weight, part)
     return done
 
 
@@ -144,7 +140,7 @@ def _offloaded(module: nn.Module) -> Iterator[tuple[MutableMapping[str, torch.Te
                 yield weights, key, name, torch.device(one.execution_device)
 
 
-def _store(weight: TiledWeight, pools: _Pools, merged: bool = False) -> Tiles:
+def _store(weight: TiledWeight, pools: _Pools, merged: Merged | None = None) -> Tiles:
     """On a GPU apart from all other memory: between what takes the places of larger weights 4 to 6 % of its bytes would be lost."""
     device = weight.low.device
     if device.type != "cuda":

@@ -11,7 +11,7 @@ from torch import nn
 
 from df11 import memory
 from df11.sources.model import is_matrix, is_selected
-from df11.tensors import CompressedTensor, Stored, TiledTensor, Units, attached, in_memory_order
+from df11.tensors import CompressedTensor, Stored, Units, attached, in_memory_order
 
 
 def compressed_parameters(module: nn.Module) -> dict[str, CompressedTensor]:
@@ -135,10 +135,7 @@ def _elsewhere(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     if not isinstance(parameter, CompressedTensor):
         weights, shape = in_memory_order(parameter.detach())
         return replacement(parameter, CompressedTensor.make(Units({"raw": weights}, (), shape), size, stride, device=device))
-    made = replacement(parameter, type(parameter).make(parameter._stored, size, stride, parameter.storage_offset(), device=device))
-    if isinstance(made, TiledTensor) and made.merged:
-        made.merged[0].use_on(device)
-    return made
+    return replacement(parameter, type(parameter).make(parameter._stored, size, stride, parameter.storage_offset(), device=device))
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:

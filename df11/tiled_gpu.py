@@ -61,7 +61,6 @@ CHUNK_BYTES = 9 * 4 * LANES  # kLow + kSigns
 WIDE_ADD_UP, WIDE_ADD_UP_BYTES = 3.0, 3_000_000  # us, bytes a us
 PACK_THREADS = 256
 WIDE_SPREAD, SPREAD = "QQQiiii", "Qiiiii4x"  # tiled::Wide, tiled::Spread
-MOST_KEPT = 64 << 20  # bytes of the buffer that products on a stream share
 RULES = {  # of the arrays in their order: dtype, dimensions, alignment
     "low": (torch.uint8, 4, 16),
     "sign": (torch.int32, 3, 4),
@@ -93,8 +92,7 @@ class _Kernels:
         properties = torch.cuda.get_device_properties(index)
         self.most_shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
         self.overlap = properties.major >= 9
-        self.lock = threading.Lock()  # of launches, which are prepared, and of the buffers that they share
-        self._buffers: dict[int, torch.Tensor] = {}  # of each stream
+        self.lock = threading.Lock()  # of launches, which are prepared
         with self.device.current():
             module = driver.Module(gpu.build("tiled", self.device.arch))
             names = ("tiled_product", *(f"tiled_products_{rows}" for rows in PRODUCTS), "tiled_add_up")
@@ -130,15 +128,6 @@ class _Kernels:
                     code = launch(stream, *values)
             if code:
                 driver.check(code)
-
-    def buffer(self, stream: int, size: int) -> torch.Tensor:
-        """uint8[size] for kernels on a stream, which use it one after another. In a graph it is the graph's own."""
-        kept = self._buffers.get(stream)
-        if torch.cuda.is_current_stream_capturing() or size > MOST_KEPT:
-            return torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.device.index}")
-        if kept is None or kept.numel() < size:
-            kept = self._buffers[stream] = torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.device.index}")
-        return kept
 
 
 @functools.cache
@@ -373,28 +362,29 @@ class _Product:
             self.memory = 2 * self._copy + (4 * parts * batch * (rows - first) if parts > 1 else 0)
         self.launches = [kernels.prepare(step) for step in steps]
 
-    def __call__(self, matrix: bytes, x: int, bias: int, y: int) -> None:
-        """Launch on torch's current stream. matrix: tiled::Matrix; the others are addresses."""
+    def __call__(self, matrix: bytes, x: torch.Tensor, bias: int, y: torch.Tensor) -> None:
+        """Launch on torch's current stream. matrix: tiled::Matrix; bias: an address, or 0."""
         kernels = self.kernels
-        stream = kernels.stream()
-        given = (matrix, x, bias, y)
+        x_at, y_at = x.data_ptr(), y.data_ptr()
+        if not self._constants:
+            with kernels.lock:
+                kernels.run(kernels.stream(), self.launches, ((matrix, x_at, bias, y_at),))
+            return
+        # Not kept from call to call: torch may be filling the pool of a graph, in which nothing may stay.
+        memory = x.new_empty(self.memory // 2) if self.memory else None
+        packed = memory.data_ptr() if memory is not None else 0
+        turned, partial = packed + self._copy, packed + 2 * self._copy
+        each: list[tuple[int | bytes, ...]]
+        if self._wide:
+            sizes, numbers, *sums = self._constants
+            each = [(x_at, packed, turned, *sizes), (matrix, x_at, bias, y_at, packed, turned, partial, *numbers)]
+        else:
+            numbers, *sums = self._constants
+            each = [(matrix, x_at, bias, y_at, partial, *numbers)]
+        if sums:
+            each.append((partial, bias, y_at, *sums[0]))
         with kernels.lock:
-            if not self._constants:
-                kernels.run(stream, self.launches, (given,))
-                return
-            memory = kernels.buffer(stream, self.memory) if self.memory else None
-            packed = memory.data_ptr() if memory is not None else 0
-            turned, partial = packed + self._copy, packed + 2 * self._copy
-            each: list[tuple[int | bytes, ...]]
-            if self._wide:
-                sizes, numbers, *sums = self._constants
-                each = [(x, packed, turned, *sizes), (*given, packed, turned, partial, *numbers)]
-            else:
-                numbers, *sums = self._constants
-                each = [(*given, partial, *numbers)]
-            if sums:
-                each.append((partial, bias, y, *sums[0]))
-            kernels.run(stream, self.launches, each)
+            kernels.run(kernels.stream(), self.launches, each)
 
 
 _product = functools.lru_cache(4096)(_Product)
@@ -436,12 +426,10 @@ def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, w
         bias_at = bias.data_ptr()
     if not x.is_contiguous():
         x = x.contiguous()
-    x_at = x.data_ptr()
-    if x_at % 8:
+    if x.data_ptr() % 8:
         x = x.clone()
-        x_at = x.data_ptr()
     y = x.new_empty((*shape[:-1], rows))
-    _product(index, rows, columns, weight.fragments, batch, wgmma)(weight.matrix, x_at, bias_at, y.data_ptr())
+    _product(index, rows, columns, weight.fragments, batch, wgmma)(weight.matrix, x, bias_at, y)
     return y
 
 

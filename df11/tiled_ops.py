@@ -151,6 +151,11 @@ class TiledWeight:
         moved = [memory.view(piece, at, array).copy_(array) for at, array in zip(places, self.arrays, strict=True)]
         return TiledWeight(self.shape, **dict(zip(ARRAYS, moved, strict=True)), uppers=self.uppers)
 
+    @functools.cached_property
+    def index(self) -> int:
+        """Of the GPU, -1 on the CPU."""
+        return self.low.get_device()
+
     @property
     def fragments(self) -> int:
         """Of 16 columns in a tile."""

@@ -147,7 +147,8 @@ def test_what_is_chosen(tmp_path: Path) -> None:
     config = hf.DF11Config(mode="fused", exclude=("lm_head.*", "*.v_proj.*"))
     model = AutoModelForCausalLM.from_pretrained(build(tmp_path / "original"), quantization_config=config)
     assert not any("lm_head" in name or "v_proj" in name for name in tiled(model)) and len(tiled(model)) == 13
-    assert model.model.layers[0].self_attn.q_proj.weight.merged is None and model.model.layers[0].mlp.up_proj.weight.merged
+    assert model.model.layers[0].self_attn.q_proj.weight._stored.merged is None
+    assert model.model.layers[0].mlp.up_proj.weight._stored.merged is not None
 
 
 class Pair(nn.Module):
@@ -165,7 +166,7 @@ def pairs() -> tuple[Pair, Pair, Pair]:
     pair = Pair().bfloat16().eval()
     merged, apart = copy.deepcopy(pair), copy.deepcopy(pair)
     assert fuse_(merged) == fuse_(apart, merge=False) == ["gate_proj.weight", "up_proj.weight"]
-    assert merged.up_proj.weight.merged is not None and apart.up_proj.weight.merged is None
+    assert merged.up_proj.weight._stored.merged is not None and apart.up_proj.weight._stored.merged is None
     assert merged.up_proj.weight._stored is merged.gate_proj.weight._stored
     return pair, merged, apart
 
@@ -175,14 +176,16 @@ def test_merged_layers_with_biases(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, merged, apart = pairs()
     products = []
     linear = fused.Merged.linear
-    monkeypatch.setattr(fused.Merged, "linear", lambda self, x, index: products.append(index) or linear(self, x, index))
+    monkeypatch.setattr(
+        fused.Merged, "linear", lambda self, x, index, whole: products.append(index) or linear(self, x, index, whole)
+    )
     x, other = (torch.randn(1, 1, 256).bfloat16() for _ in range(2))
     for inputs in ((x,), (x, other), (torch.randn(5, 256).bfloat16(),)):
         expected = pair(*inputs)
         for got, wanted in zip((*merged(*inputs), *apart(*inputs)), expected * 2, strict=True):
             assert near(got, wanted)
     assert products == [0, 1] * 3
-    assert merged.gate_proj.weight.merged[0]._kept is None  # nothing is kept behind the last
+    assert merged.gate_proj.weight._stored.merged._kept is None  # nothing is kept behind the last
     for layer, plain in ((merged.gate_proj, pair.gate_proj), (merged.up_proj, pair.up_proj)):
         assert same_bits(dense(layer.weight), plain.weight) and layer.weight.dtype == torch.bfloat16
 
@@ -200,7 +203,7 @@ def test_nothing_depends_on_merging() -> None:
         model.gate_proj.weight[3:7].mul_(2)
         model.up_proj.weight.neg_()
         model.up_proj.bias.fill_(1)
-    assert merged.up_proj.weight.merged is not None and merged.gate_proj.weight.is_compressed
+    assert merged.up_proj.weight._stored.merged is not None and merged.gate_proj.weight.is_compressed
     assert all(near(*both) for both in zip(merged(x), pair(x), strict=True))
     for model in (pair, merged):
         model.gate_proj.bias = nn.Parameter(torch.ones_like(model.gate_proj.bias), requires_grad=False)
@@ -283,7 +286,7 @@ def test_layers_that_cannot_be_merged_are_fused_each(difference: str) -> None:
         pair.up_proj = nn.Linear(256 if difference == "biases" else 272, 200, bias=difference != "biases").bfloat16()
     x, other = (torch.randn(2, layer.in_features).bfloat16() for layer in (pair.gate_proj, pair.up_proj))
     expected = pair(x, other)
-    assert len(fuse_(pair)) == 2 and pair.gate_proj.weight.merged is pair.up_proj.weight.merged is None
+    assert len(fuse_(pair)) == 2 and pair.gate_proj.weight._stored.merged is pair.up_proj.weight._stored.merged is None
     for got, wanted in zip(pair(x, other), expected, strict=True):
         assert near(got, wanted)
     stored = pair.gate_proj.weight._stored
@@ -342,10 +345,11 @@ def test_copies_of_merged_layers_stay_merged(tmp_path: Path) -> None:
     x = torch.randn(1, 256).bfloat16()
     expected = merged(x)
     for copied in (copy.deepcopy(merged), pickle.loads(pickle.dumps(merged))):
-        (one, first), (other, second) = copied.gate_proj.weight.merged, copied.up_proj.weight.merged
-        assert one is other and (first, second) == (0, 1) and one is not merged.gate_proj.weight.merged[0]
+        stored = copied.gate_proj.weight._stored
+        assert stored is copied.up_proj.weight._stored and stored.merged not in (None, merged.gate_proj.weight._stored.merged)
         assert all(same_bits(*both) for both in zip(copied(x), expected, strict=True))
-        assert copied.gate_proj.weight._stored is copied.up_proj.weight._stored is one.whole._stored
+    copied = copy.deepcopy(merged).to("cpu")
+    assert copied.up_proj.weight._stored.merged.has(copied.up_proj.bias, 1)
     other = pairs()[1]
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), assign=True)
     assert isinstance(other.up_proj.weight, TiledTensor)

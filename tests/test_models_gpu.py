@@ -135,7 +135,8 @@ def test_a_compressed_checkpoint_is_transcoded_on_the_gpu(llama: tuple[Path, Pat
         assert turned.keys() == {name for name, p in original.named_parameters() if p.dim() == 2}
         for name, tensor in turned.items():
             assert same_bits(dense(tensor), original.get_parameter(name))
-            assert all(torch.equal(a, b) for a, b in zip(*(t._stored.arrays.values() for t in (tensor, fused.get_parameter(name)))))
+            arrays, others = (t._stored.arrays.values() for t in (tensor, fused.get_parameter(name)))
+            assert all(torch.equal(a, b) for a, b in zip(arrays, others, strict=True))
         for ids in (torch.tensor([[3]]), torch.arange(3, 11)[None], torch.arange(3, 23)[None], torch.arange(3, 103).view(2, 50)):
             expected, logits = original(ids.cuda()).logits.float(), transcoded(ids.cuda()).logits
             assert same_bits(fused(ids.cuda()).logits, logits)

@@ -6,6 +6,8 @@ decode those. Every other operator gets the decompressed weights, as of any `Com
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -27,14 +29,25 @@ class Tiles(Stored):
     """A matrix [rows, columns] in the tiled layout. Arrays: those of `TiledWeight`; `numbers`: its `uppers`, and, where it is that
     of several layers, a number by which compilers know it again, else 0. Raw is what would not get smaller."""
 
-    def __init__(self, arrays: dict[str, torch.Tensor], numbers: Sequence[int], shape: Sequence[int]) -> None:
+    def __init__(
+        self, arrays: dict[str, torch.Tensor], numbers: Sequence[int], shape: Sequence[int], merged: Merged | None = None
+    ) -> None:
         super().__init__(arrays, numbers, shape)
+        self.merged = merged
         self._weight: TiledWeight | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"merged": self.merged}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = super().__deepcopy__(memo)
+        copied.merged = copy.deepcopy(self.merged, memo)
+        return copied
+
     @classmethod
-    def of(cls, weight: TiledWeight, merged: bool = False) -> Self:
+    def of(cls, weight: TiledWeight, merged: Merged | None = None) -> Self:
         number = xxhash.xxh3_64_intdigest(weight.tiles.cpu().numpy().data) >> 1 if merged else 0
-        return cls(dict(zip(tiled_ops.ARRAYS, weight.arrays, strict=True)), (weight.uppers, number), weight.shape)
+        return cls(dict(zip(tiled_ops.ARRAYS, weight.arrays, strict=True)), (weight.uppers, number), weight.shape, merged)
 
     @classmethod
     def encode(cls, weights: torch.Tensor, shape: Sequence[int]) -> Self:
@@ -85,35 +98,30 @@ class Tiles(Stored):
 
 
 class Merged:
-    """The weights of several linear layers with the same input, stored one below the other: the first layer computes the product
-    for all. Nothing depends on it: a layer whose input is another's computes its own."""
+    """Of several linear layers with the same input whose weights are stored one below the other: the first computes the product for
+    all. Nothing depends on it: a layer whose input is another's computes its own."""
 
-    def __init__(self, whole: TiledTensor, sizes: Sequence[int], biases: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, sizes: Sequence[int], biases: Sequence[torch.Tensor] = ()) -> None:
         """sizes: rows of each. biases: each layer's, parts of one tensor, one after the other; none, or of all."""
-        self.whole, self.sizes, self.biases = whole, list(sizes), list(biases)
-        self.bias = biases[0].detach().as_strided((sum(sizes),), (1,)) if biases else None
-        self._kept: tuple[torch.Tensor, Sequence[torch.Tensor], tuple[int, int]] | None = None  # the last input, all outputs
+        ends = list(itertools.accumulate(sizes))
+        self.sizes, self.biases = list(sizes), list(biases)
+        self.ranges = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self.bias = biases[0].detach().as_strided((ends[-1],), (1,)) if biases else None
+        self._kept: tuple[torch.Tensor, Sequence[torch.Tensor], int, int] | None = None  # the last input, and all outputs
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
 
-    def use_on(self, device: torch.device) -> None:
-        """Compute on a device, wherever the weights are stored."""
-        if self.whole.device != device:
-            self.whole = TiledTensor.make(self.whole._stored, self.whole.shape, device=device)
-
-    def linear(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """x W^T + bias of one of the layers. x has no gradient."""
-        state = _state(x)
+    def linear(self, x: torch.Tensor, index: int, whole: TiledWeight) -> torch.Tensor:
+        """x W^T + bias of one of the layers. whole: the weights of all."""
+        stream = torch._C._cuda_getCurrentRawStream(whole.index) if whole.index >= 0 else 0
+        writes = 0 if x.is_inference() else x._version  # those to x, where torch counts them
         kept = self._kept
-        if not index or kept is None or kept[0] is not x or kept[2] != state:
-            parts: Sequence[torch.Tensor] = functional.linear(x, self.whole, self.bias).split_with_sizes(self.sizes, -1)
-            self._kept = x, parts, state
-        else:
-            parts = kept[1]
-        if index == len(self.sizes) - 1:
-            self._kept = None
-        return parts[index]
+        if not index or kept is None or kept[0] is not x or kept[2] != stream or kept[3] != writes:
+            parts = dispatch.linear(whole, x, self.bias).split_with_sizes(self.sizes, -1)
+            kept = x, parts, stream, writes
+        self._kept = kept if index + 1 < len(self.sizes) else None
+        return kept[1][index]
 
     def has(self, bias: torch.Tensor | None, index: int) -> bool:
         """Whether a layer's bias is the one that is merged."""
@@ -128,8 +136,7 @@ class TiledTensor(CompressedTensor):
 
     _layout = Tiles
     _arrays = tiled_ops.ARRAYS
-    merged: tuple[Merged, int] | None = None  # with which it is stored, and which of them it is
-    _known: tuple[object, TiledWeight | None] = (None, None)  # arrays, and their rows that are this tensor's
+    _known: tuple[object, TiledWeight | None, int] = (None, None, -1)  # arrays, their rows that are this tensor's, which layer's
 
     @classmethod
     def __torch_function__(
@@ -138,12 +145,13 @@ class TiledTensor(CompressedTensor):
         if func is functional.linear and not kwargs:
             x, weight, bias = args if len(args) == 3 else (*args, None)
             if type(weight) is cls and not _needs_gradients(x, bias):
-                if weight._stored.numbers[1:] > (0,) and bias is None and weight._stored.is_traced and weight._range():
-                    return weight._traced_linear(x)
-                if (merged := weight.merged) is not None and type(x) is torch.Tensor and merged[0].has(bias, merged[1]):
-                    return merged[0].linear(x, merged[1])
+                stored = weight._stored
                 if weight._is_hot(x) and (own := weight._rows()) is not None:
+                    if (merged := stored.merged) is not None and (index := weight._known[2]) >= 0 and merged.has(bias, index):
+                        return merged.linear(x, index, stored.weight(x.device))
                     return dispatch.linear(own, x, bias)
+                if stored.numbers[1:] > (0,) and bias is None and stored.is_traced and weight._range():
+                    return weight._traced_linear(x)
         elif func is functional.embedding and len(args) > 1 and (found := _embedding(*args, **(kwargs or {}))) is not None:
             return found
         return super().__torch_function__(func, types, args, kwargs)
@@ -180,14 +188,17 @@ class TiledTensor(CompressedTensor):
     def _rows(self, turned: bool = False) -> TiledWeight | None:
         """The matrix that this tensor is, or its transpose, where that is rows of whole tiles; None where it is not."""
         stored = self._stored
-        if stored.held is None and stored.arrays is self._known[0] and not turned:
+        if stored.arrays is self._known[0] and stored.held is None and not turned:
             return self._known[1]
-        found = None
-        if (where := self._range(turned)) is not None and "raw" not in stored.arrays:
+        found, where = None, self._range(turned)
+        if where is not None and "raw" not in stored.arrays:
             whole = stored.weight(self.device)
             found = whole if where == (0, stored.shape[0]) else whole.part(*where)
-        if stored.held is None and stored.device == self.device and not turned:
-            self._known = stored.arrays, found
+        if not turned:
+            ranges = stored.merged.ranges if stored.merged is not None else ()
+            index = ranges.index(where) if where in ranges else -1
+            kept = stored.held is None and stored.device == self.device
+            self._known = stored.arrays if kept else None, found, index
         return found
 
     def _range(self, turned: bool = False) -> tuple[int, int] | None:
@@ -217,12 +228,6 @@ class TiledTensor(CompressedTensor):
 
 
 torch.serialization.add_safe_globals([TiledTensor, Tiles, Merged])
-
-
-def _state(x: torch.Tensor) -> tuple[int, int]:
-    """What else must be the same where an input is: the current stream, and, where torch counts them, the writes to it."""
-    stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
-    return stream, 0 if x.is_inference() else x._version
 
 
 def _needs_gradients(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
