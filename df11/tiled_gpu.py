@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,21 +113,18 @@ class _Kernels:
         """Of warps that have a tile's codes in shared memory, each."""
         return Step(name, blocks, LANES * warps, self.fixed_shared + warps * code_bytes(fragments) + more_shared, arguments)
 
-    def stream(self) -> int:
-        """Torch's current one."""
-        found: int = torch._C._cuda_getCurrentRawStream(self.device.index)
-        return found
-
-    def run(self, stream: int, launches: Sequence[Launch], arguments: Sequence[Sequence[int | bytes]]) -> None:
-        """One after the other. With the lock held."""
-        here = torch._C._cuda_getDevice() == self.device.index
-        for launch, values in zip(launches, arguments, strict=True):
-            code = launch(stream, *values) if here else driver.OTHER_CONTEXT
+    def run(self, enqueue: Callable[..., int], *arguments: Any) -> None:
+        """Call what launches on a stream, which is torch's current one, with the arguments, and returns the driver's code."""
+        index = self.device.index
+        with self.lock:
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            here = torch._C._cuda_getDevice() == index
+            code = enqueue(stream, *arguments) if here else driver.OTHER_CONTEXT
             if code in (driver.NO_CONTEXT, driver.OTHER_CONTEXT):  # a new thread has none, and others may have set their own
                 with self.device.current():
-                    code = launch(stream, *values)
-            if code:
-                driver.check(code)
+                    code = enqueue(stream, *arguments)
+        if code:
+            driver.check(code)
 
 
 @functools.cache
@@ -329,62 +326,55 @@ class _Product:
     def __init__(self, index: int, rows: int, columns: int, fragments: int, batch: int, wgmma: bool) -> None:
         kernels = self.kernels = _kernels(index)
         tile_columns = fragments * -(-columns // (16 * fragments))  # in sixteens
-        self.memory, self._copy = 0, 0  # bytes beside x and y; of those, of x in an order of its own
         product = ("72s", "Q", "Q", "Q")  # W, x, bias, y
-        self._wide = False
-        self._constants: tuple[tuple[int, ...], ...] = ()
+        self.memory = self._copy = 0  # bytes beside x and y; of those, of x in an order of its own
+        self._pack = self._add_up = None
+        self._sizes: tuple[int, ...] = ()  # what the kernels are given beside addresses: for packing, the product and adding up
+        self._numbers: tuple[int, ...] = ()
+        self._sums: tuple[int, ...] = ()
         if batch == 1:
             blocks, warps = plan(rows, columns, fragments, kernels.device.processors, kernels.room, kernels.fixed_shared)
-            steps = [kernels.over_tiles("tiled_product", blocks, warps, fragments, 32 * tile_columns, *product)]
+            self._product = kernels.prepare(
+                kernels.over_tiles("tiled_product", blocks, warps, fragments, 32 * tile_columns, *product)
+            )
+            return
+        how = _plan_several(kernels, rows, columns, fragments, batch, wgmma)
+        parts, first = how.splits, 0
+        if isinstance(how, WidePlan):
+            if how.pieces > 1:
+                parts, first = how.pieces, how.whole * how.blocks * WARPGROUP * TILE_ROWS
+            spread, name, self._numbers = WIDE_SPREAD, "wide", (batch, how.splits, how.whole, how.pieces)
+            self._copy = 32 * tile_columns * how.kernel_rows
+            blocks, self._sizes = -(-tile_columns * how.kernel_rows // PACK_THREADS), (batch, columns, tile_columns)
+            self._pack = kernels.prepare(Step(f"tiled_pack_{how.kernel_rows}", blocks, PACK_THREADS, 0, ("Q", "Q", "Q", "iii")))
         else:
-            how = _plan_several(kernels, rows, columns, fragments, batch, wgmma)
-            parts, first = how.splits, 0
-            if isinstance(how, WidePlan):
-                if how.pieces > 1:
-                    parts, first = how.pieces, how.whole * how.blocks * WARPGROUP * TILE_ROWS
-                self._wide, self._copy = True, 32 * tile_columns * how.kernel_rows
-                blocks = -(-tile_columns * how.kernel_rows // PACK_THREADS)
-                packing = Step(f"tiled_pack_{how.kernel_rows}", blocks, PACK_THREADS, 0, ("Q", "Q", "Q", "iii"))
-                spread, name = WIDE_SPREAD, f"tiled_wide_{how.kernel_rows}"
-                numbers: tuple[int, ...] = (batch, how.splits, how.whole, how.pieces)
-                self._constants = ((batch, columns, tile_columns), numbers)
-            else:
-                spread, name = SPREAD, f"tiled_products_{how.kernel_rows}"
-                numbers = (batch, how.splits, how.groups, how.slice, how.parts_at)
-                self._constants = (numbers,)
-            steps = [kernels.over_tiles(name, how.blocks, how.warps, fragments, how.shared, *product, spread)]
-            if self._wide:
-                steps.insert(0, packing)
-            if parts > 1:
-                blocks = -(-batch * (rows - first) // ADD_UP_THREADS)
-                steps.append(Step("tiled_add_up", blocks, ADD_UP_THREADS, 0, ("Q", "Q", "Q", "iiii")))
-                self._constants += ((rows, batch, parts, first),)
-            self.memory = 2 * self._copy + (4 * parts * batch * (rows - first) if parts > 1 else 0)
-        self.launches = [kernels.prepare(step) for step in steps]
+            spread, name, self._numbers = SPREAD, "products", (batch, how.splits, how.groups, how.slice, how.parts_at)
+        step = kernels.over_tiles(f"tiled_{name}_{how.kernel_rows}", how.blocks, how.warps, fragments, how.shared, *product, spread)
+        self._product = kernels.prepare(step)
+        if parts > 1:
+            blocks, self._sums = -(-batch * (rows - first) // ADD_UP_THREADS), (rows, batch, parts, first)
+            self._add_up = kernels.prepare(Step("tiled_add_up", blocks, ADD_UP_THREADS, 0, ("Q", "Q", "Q", "iiii")))
+        self.memory = 2 * self._copy + (4 * parts * batch * (rows - first) if parts > 1 else 0)
 
     def __call__(self, matrix: bytes, x: torch.Tensor, bias: int, y: torch.Tensor) -> None:
         """Launch on torch's current stream. matrix: tiled::Matrix; bias: an address, or 0."""
-        kernels = self.kernels
-        x_at, y_at = x.data_ptr(), y.data_ptr()
-        if not self._constants:
-            with kernels.lock:
-                kernels.run(kernels.stream(), self.launches, ((matrix, x_at, bias, y_at),))
+        if not self._numbers:
+            self.kernels.run(self._product, matrix, x.data_ptr(), bias, y.data_ptr())
             return
         # Not kept from call to call: torch may be filling the pool of a graph, in which nothing may stay.
         memory = x.new_empty(self.memory // 2) if self.memory else None
-        packed = memory.data_ptr() if memory is not None else 0
-        turned, partial = packed + self._copy, packed + 2 * self._copy
-        each: list[tuple[int | bytes, ...]]
-        if self._wide:
-            sizes, numbers, *sums = self._constants
-            each = [(x_at, packed, turned, *sizes), (matrix, x_at, bias, y_at, packed, turned, partial, *numbers)]
+        self.kernels.run(self._several, matrix, x.data_ptr(), bias, y.data_ptr(), memory.data_ptr() if memory is not None else 0)
+
+    def _several(self, stream: int, matrix: bytes, x: int, bias: int, y: int, memory: int) -> int:
+        partial = memory + 2 * self._copy
+        if self._pack:
+            turned = memory + self._copy
+            code = self._pack(stream, x, memory, turned, *self._sizes) or self._product(
+                stream, matrix, x, bias, y, memory, turned, partial, *self._numbers
+            )
         else:
-            numbers, *sums = self._constants
-            each = [(matrix, x_at, bias, y_at, partial, *numbers)]
-        if sums:
-            each.append((partial, bias, y_at, *sums[0]))
-        with kernels.lock:
-            kernels.run(kernels.stream(), self.launches, each)
+            code = self._product(stream, matrix, x, bias, y, partial, *self._numbers)
+        return code or (self._add_up(stream, partial, bias, y, *self._sums) if self._add_up else 0)
 
 
 _product = functools.lru_cache(4096)(_Product)
@@ -424,8 +414,7 @@ def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, w
             raise ValueError(f"bias: {have}, needed torch.bfloat16[{rows}] on {x.device}")
         bias = bias.contiguous()
         bias_at = bias.data_ptr()
-    if not x.is_contiguous():
-        x = x.contiguous()
+    x = x.contiguous()
     if x.data_ptr() % 8:
         x = x.clone()
     y = x.new_empty((*shape[:-1], rows))
@@ -449,8 +438,7 @@ def decompress(weight: Packed, out: torch.Tensor) -> None:
         raise ValueError(f"out: {out.dtype}{list(out.shape)}, needed {needed}")
     if out.get_device() != weight.index:
         raise ValueError(f"out: on {out.device}, the weights are on cuda:{weight.index}")
-    launch = _decompression(weight.index, weight.fragments)
-    _run(weight.index, launch, weight.matrix, out.data_ptr())
+    _kernels(weight.index).run(_decompression(weight.index, weight.fragments), weight.matrix, out.data_ptr())
 
 
 @functools.lru_cache(1024)
@@ -468,11 +456,5 @@ def gather(ids: torch.Tensor, weight: Packed) -> torch.Tensor:
     if count := ids.numel():
         ids = ids.contiguous()
         launch = _gathering(weight.index, weight.columns, weight.fragments, count)
-        _run(weight.index, launch, weight.matrix, ids.data_ptr(), out.data_ptr())
+        _kernels(weight.index).run(launch, weight.matrix, ids.data_ptr(), out.data_ptr())
     return out
-
-
-def _run(index: int, launch: Launch, *arguments: int | bytes) -> None:
-    kernels = _kernels(index)
-    with kernels.lock:
-        kernels.run(kernels.stream(), (launch,), (arguments,))

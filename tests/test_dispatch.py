@@ -9,12 +9,11 @@ import shutil
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -173,14 +172,10 @@ class Recorder:
 
         return launch
 
-    def stream(self) -> int:
-        return 7
-
     over_tiles = tiled_gpu._Kernels.over_tiles
 
-    def run(self, stream: int, launches: Sequence[tiled_gpu.Launch], arguments: Sequence[Sequence[int | bytes]]) -> None:
-        for launch, given in zip(launches, arguments, strict=True):
-            launch(stream, *given)
+    def run(self, enqueue: Callable[..., int], *arguments: Any) -> None:
+        assert enqueue(7, *arguments) == 0
 
 
 def forget() -> None:
@@ -269,7 +264,7 @@ def test_plans_are_made_once(recorder: Recorder) -> None:
     assert [launched.given[0] for launched in recorder.launched] == [w.packed.matrix for w in (first, second, first)]
 
 
-def test_launches_where_no_context_is_current() -> None:
+def test_launches_where_no_context_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a new thread there is none: it is set, and the launch tried again; other codes are errors."""
     kernels, codes, entered = tiled_gpu._Kernels.__new__(tiled_gpu._Kernels), [driver.NO_CONTEXT, 0, 0, 7], []
 
@@ -281,19 +276,24 @@ def test_launches_where_no_context_is_current() -> None:
             entered.append(True)
             yield
 
-    kernels.device = Device()  # type: ignore[assignment]
-    with patch.object(torch._C, "_cuda_getDevice", lambda: 0, create=True), patch.object(driver, "_library", SimpleNamespace):
-        launch = lambda *given: codes.pop(0)  # noqa: E731
-        kernels.run(0, (launch,), ((1,),))
-        assert len(entered) == 1 and codes == [0, 7]
-        kernels.run(0, (launch,), ((1,),))
-        assert len(entered) == 1
-        with pytest.raises(AttributeError, match="cuGetErrorString"):
-            kernels.run(0, (launch,), ((1,),))
-    with patch.object(torch._C, "_cuda_getDevice", lambda: 1, create=True):  # of another GPU
-        codes[:] = [0]
-        kernels.run(0, (launch,), ((1,),))
-        assert len(entered) == 2
+    def launch(stream: int, given: int) -> int:
+        assert (stream, given) == (7, 1)
+        return codes.pop(0)
+
+    kernels.device, kernels.lock = Device(), threading.Lock()  # type: ignore[assignment]
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(driver, "_library", SimpleNamespace)
+    kernels.run(launch, 1)
+    assert len(entered) == 1 and codes == [0, 7]
+    kernels.run(launch, 1)
+    assert len(entered) == 1
+    with pytest.raises(AttributeError, match="cuGetErrorString"):
+        kernels.run(launch, 1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)  # another GPU is the current one
+    codes[:] = [0]
+    kernels.run(launch, 1)
+    assert len(entered) == 2 and not kernels.lock.locked()
 
 
 def test_what_the_driver_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 import xxhash
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from df11 import dispatch, tiled_ops
@@ -145,8 +146,10 @@ class TiledTensor(CompressedTensor):
         if func is functional.linear and not kwargs:
             x, weight, bias = args if len(args) == 3 else (*args, None)
             if type(weight) is cls and not _needs_gradients(x, bias):
-                stored = weight._stored
-                if weight._is_hot(x) and (own := weight._rows()) is not None:
+                # The host's time counts here. What torch keeps of a tensor (its shape, device) takes this very way: 2 us each.
+                stored, known = weight._stored, weight._known
+                current = known[0] is stored.arrays and stored.held is None
+                if type(x) is torch.Tensor and (own := known[1] if current else weight._rows()) is not None and _is_hot(x, own):
                     if (merged := stored.merged) is not None and (index := weight._known[2]) >= 0 and merged.has(bias, index):
                         return merged.linear(x, index, stored.weight(x.device))
                     return dispatch.linear(own, x, bias)
@@ -174,16 +177,6 @@ class TiledTensor(CompressedTensor):
         first, last = self._range() or (0, 0)
         y: torch.Tensor = done[stored.numbers][..., first:last]
         return y
-
-    def _is_hot(self, x: torch.Tensor) -> bool:
-        """Whether a product may skip torch's dispatcher: no mode and no transformation looks at it."""
-        if type(x) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
-            return False
-        if torch._C._is_any_autocast_enabled():
-            return False
-        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-            return False
-        return _fits(x, self.shape[1], self.device)
 
     def _rows(self, turned: bool = False) -> TiledWeight | None:
         """The matrix that this tensor is, or its transpose, where that is rows of whole tiles; None where it is not."""
@@ -234,8 +227,19 @@ def _needs_gradients(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def _fits(x: torch.Tensor, columns: int, device: torch.device) -> bool:
-    return x.dtype == torch.bfloat16 and x.dim() > 0 and x.shape[-1] == columns and x.device == device and x.numel() > 0
+def _is_hot(x: torch.Tensor, weight: TiledWeight) -> bool:
+    """Whether a product may skip torch's dispatcher: it is one, and no mode and no transformation looks at it."""
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
+    if watched or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    return _fits(x, weight)
+
+
+def _fits(x: torch.Tensor, weight: TiledWeight) -> bool:
+    if x.dtype != torch.bfloat16 or x.get_device() != weight.index:
+        return False
+    shape = x.shape
+    return bool(shape) and shape[-1] == weight.shape[1] and x.numel() > 0
 
 
 def _embedding(
@@ -259,11 +263,11 @@ def _looked_up(weight: TiledTensor, ids: torch.Tensor, *others: Any) -> torch.Te
 
 def _mm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
     """x W^T + bias, where `weight` is the transpose of a TiledTensor."""
-    if not isinstance(weight, TiledTensor) or isinstance(x, CompressedTensor) or not _fits(x, weight.shape[0], weight.device):
+    if not isinstance(weight, TiledTensor) or isinstance(x, CompressedTensor):
         return None
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != weight.shape[1:]):
         return None
-    if (own := weight._rows(turned=True)) is None:
+    if (own := weight._rows(turned=True)) is None or not _fits(x, own):
         return None
     if weight._stored.is_traced:
         y: torch.Tensor = torch.ops.df11.linear(x, own.arrays, own.uppers, *own.shape, bias)
