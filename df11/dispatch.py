@@ -42,11 +42,18 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
     Numbers of rows of x up to the same of BUCKETS share an entry of the table. One that it lacks is timed here, but not while a
     CUDA graph is captured: then as many as a product takes are taken to be faster fused, and more decompressed at once.
     """
-    shape = weight.shape
-    batch = x.numel() // shape[1]
-    key = *shape, batch if batch < BUCKETS[-1] else BUCKETS[-1], x.get_device()
-    way = _chosen.get(key) or _choose(key, weight, x, bias)
-    return way(weight, x, bias)
+    rows, columns = weight.shape
+    if x.dtype != torch.bfloat16 or x.shape[-1] != columns:
+        raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 [..., {columns}]")
+    index = x.get_device()
+    if index != weight.index:
+        raise ValueError(f"x: on {x.device}, the weights are on {weight.low.device}")
+    batch = x.numel() // columns
+    key = rows, columns, batch if batch < BUCKETS[-1] else BUCKETS[-1], index
+    product = _fused.get(key)
+    if product is not None:
+        return product.linear(x, weight.packed.matrix, bias)
+    return WAYS[_chosen.get(key) or _choose(key, weight, x, bias)](weight, x, bias)
 
 
 @torch.library.impl("df11::linear", "CompositeExplicitAutograd")
@@ -56,21 +63,24 @@ def _linear(
     return linear(TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers), x, bias)
 
 
-Way = Callable[..., torch.Tensor]  # of a weight, x and a bias or None
-WAYS: dict[str, Way] = {
+WAYS: dict[str, Callable[..., torch.Tensor]] = {  # of a weight, x and a bias or None
     "fused": lambda weight, x, bias: fused(weight, x, bias),
     "mma": lambda weight, x, bias: weight.linear(x, bias, wgmma=False),
     "decompress": lambda weight, x, bias: dense_linear(x, weight.decompress(), bias),
     "sliced": lambda weight, x, bias: sliced(weight, x, bias, slice_rows(weight, x.device)),
 }
-_chosen: dict[tuple[int, int, int, int], Way] = {}  # by rows, columns, rows of x, GPU: the host's time counts at every call
+# What was chosen, by rows, columns, rows of x and GPU, and the launches of those that are fused: the host's time counts.
+_chosen: dict[tuple[int, int, int, int], str] = {}
+_fused: dict[tuple[int, int, int, int], tiled_gpu.Product] = {}
 
 
-def _choose(key: tuple[int, int, int, int], weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None) -> Way:
-    name = choose(weight, x, {name: functools.partial(way, x=x, bias=bias) for name, way in WAYS.items()})
-    way: Way = TiledWeight.linear if name == "fused" and key[2] <= most_rows(x.device) else WAYS[name]
-    if not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+def _choose(key: tuple[int, int, int, int], weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None) -> str:
+    way = choose(weight, x, {name: functools.partial(way, x=x, bias=bias) for name, way in WAYS.items()})
+    if x.is_cuda and not torch.cuda.is_current_stream_capturing():
+        rows, columns, batch, index = key
         _chosen[key] = way
+        if way in ("fused", "mma") and batch <= most_rows(x.device):
+            _fused[key] = tiled_gpu.prepared(index, rows, columns, weight.fragments, batch, way == "fused")
     return way
 
 

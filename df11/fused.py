@@ -64,28 +64,36 @@ def _is_fusible(parameter: torch.Tensor) -> bool:
 
 def _fuse_merged(model: nn.Module, chosen: dict[int, str], pools: _Pools) -> list[str]:
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    done = []
-    for parent, names in itertools.product(list(model.modules()), MERGED):
+    groups: dict[tuple[int, ...], list[list[nn.Linear]]] = {}  # by their weights: tied ones are of several modules
+    for parent, names in itertools.product(model.modules(), MERGED):
         layers = [layer for name in names if type(layer := getattr(parent, name, None)) is nn.Linear]
-        weights = [layer.weight for layer in layers]
-        if len(layers) < len(names) or any(id(w) not in chosen or uses[id(w)] > 1 for w in weights):
-            continue
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        sizes = [weight.shape[0] for weight in weights]
-        if len({(w.shape[1], w.device) for w in weights}) > 1 or any(size % ROWS for size in sizes[:-1]):
-            continue
-        if len(biases) not in (0, len(layers)) or len({(b.dtype, b.device) for b in biases}) > 1:
-            continue
-        if (weight := TiledWeight.encode(torch.cat([dense(w.detach()) for w in weights]))) is None:
-            continue
-        joined = torch.cat([bias.detach() for bias in biases]) if biases else torch.empty(0)
-        for bias, part in zip(biases, joined.split(sizes if biases else 0), strict=False):
-            bias.data = part
-        stored = _store(weight, pools, Merged(sizes, biases))
-        for layer, part in zip(layers, torch.split(TiledTensor.make(stored, stored.shape), sizes), strict=True):
-            done.append(chosen.pop(id(layer.weight)))
-            layer._parameters["weight"] = replacement(layer.weight, part)
+        if len(layers) == len(names):
+            groups.setdefault(tuple(id(layer.weight) for layer in layers), []).append(layers)
+    done = []
+    for key, tied in groups.items():
+        layers = tied[0]
+        if all(id_ in chosen and uses[id_] == len(tied) for id_ in key) and _fit_together(layers):
+            weight = TiledWeight.encode(torch.cat([dense(layer.weight.detach()) for layer in layers]))
+            if weight is None:
+                continue
+            sizes, biases = [layer.out_features for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
+            if biases:
+                for bias, part in zip(biases, torch.cat([bias.detach() for bias in biases]).split(sizes), strict=True):
+                    bias.data = part
+            whole = TiledTensor.make(_store(weight, pools, Merged(sizes, biases)), weight.shape)
+            for index, part in enumerate(torch.split(whole, sizes)):
+                made = replacement(layers[index].weight, part)
+                for each in tied:
+                    each[index]._parameters["weight"] = made
+            done += [chosen.pop(id_) for id_ in key]
     return done
+
+
+def _fit_together(layers: list[nn.Linear]) -> bool:
+    """Whether each begins with a tile, and biases are of all of them, and bf16, or of none."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
+    alike = len({(w.shape[1], w.device) for w in weights}) == 1 and not any(w.shape[0] % ROWS for w in weights[:-1])
+    return alike and len(biases) in (0, len(layers)) and all(b.dtype == torch.bfloat16 for b in biases)
 
 
 def _fuse_each(model: nn.Module, chosen: dict[int, str], pools: _Pools) -> list[str]:

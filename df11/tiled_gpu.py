@@ -320,11 +320,12 @@ def pack(index: int, arrays: Sequence[torch.Tensor], uppers: int, rows: int, col
     return Packed(MATRIX.pack(*addresses, uppers, rows, columns, fragments), rows, columns, fragments, index)
 
 
-class _Product:
+class Product:
     """x W^T + bias for so many rows of x and a W of so many rows and columns, ready to launch on one GPU."""
 
     def __init__(self, index: int, rows: int, columns: int, fragments: int, batch: int, wgmma: bool) -> None:
         kernels = self.kernels = _kernels(index)
+        self.index, self.rows = index, rows
         tile_columns = fragments * -(-columns // (16 * fragments))  # in sixteens
         product = ("72s", "Q", "Q", "Q")  # W, x, bias, y
         self.memory = self._copy = 0  # bytes beside x and y; of those, of x in an order of its own
@@ -356,14 +357,29 @@ class _Product:
             self._add_up = kernels.prepare(Step("tiled_add_up", blocks, ADD_UP_THREADS, 0, ("Q", "Q", "Q", "iiii")))
         self.memory = 2 * self._copy + (4 * parts * batch * (rows - first) if parts > 1 else 0)
 
-    def __call__(self, matrix: bytes, x: torch.Tensor, bias: int, y: torch.Tensor) -> None:
-        """Launch on torch's current stream. matrix: tiled::Matrix; bias: an address, or 0."""
+    def linear(self, x: torch.Tensor, matrix: bytes, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """On torch's current stream. x: bf16 [..., columns], which must fit; matrix: tiled::Matrix."""
+        bias_at = 0
+        if bias is not None:
+            if bias.dtype != torch.bfloat16 or bias.shape != (self.rows,) or bias.get_device() != self.index:
+                have = f"{bias.dtype}{list(bias.shape)} on {bias.device}"
+                raise ValueError(f"bias: {have}, needed torch.bfloat16[{self.rows}] on {x.device}")
+            bias = bias.contiguous()
+            bias_at = bias.data_ptr()
+        if not x.is_contiguous():
+            x = x.contiguous()
+        x_at = x.data_ptr()
+        if x_at % 8:
+            x = x.clone()
+            x_at = x.data_ptr()
+        y = x.new_empty((*x.shape[:-1], self.rows))
         if not self._numbers:
-            self.kernels.run(self._product, matrix, x.data_ptr(), bias, y.data_ptr())
-            return
+            self.kernels.run(self._product, matrix, x_at, bias_at, y.data_ptr())
+            return y
         # Not kept from call to call: torch may be filling the pool of a graph, in which nothing may stay.
         memory = x.new_empty(self.memory // 2) if self.memory else None
-        self.kernels.run(self._several, matrix, x.data_ptr(), bias, y.data_ptr(), memory.data_ptr() if memory is not None else 0)
+        self.kernels.run(self._several, matrix, x_at, bias_at, y.data_ptr(), memory.data_ptr() if memory is not None else 0)
+        return y
 
     def _several(self, stream: int, matrix: bytes, x: int, bias: int, y: int, memory: int) -> int:
         partial = memory + 2 * self._copy
@@ -377,7 +393,7 @@ class _Product:
         return code or (self._add_up(stream, partial, bias, y, *self._sums) if self._add_up else 0)
 
 
-_product = functools.lru_cache(4096)(_Product)
+prepared = functools.lru_cache(4096)(Product)
 
 
 def linear(
@@ -398,28 +414,16 @@ def product(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, w
 
     More than one row need columns in fours. wgmma: more than 8 rows by wgmma where the GPU has it, otherwise by mma.sync.
     """
-    rows, columns, index, shape = weight.rows, weight.columns, weight.index, x.shape
+    rows, columns, index = weight.rows, weight.columns, weight.index
     batch = x.numel() // columns
     most = MOST_ROWS if batch <= MOST_ROWS else most_rows(index, wgmma)
-    if x.dtype != torch.bfloat16 or shape[-1] != columns or not 1 <= batch <= most:
-        raise ValueError(f"x: {x.dtype}{list(shape)}, needed torch.bfloat16 [..., {columns}] of 1 to {most} rows")
+    if x.dtype != torch.bfloat16 or x.shape[-1:] != (columns,) or not 1 <= batch <= most:
+        raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 [..., {columns}] of 1 to {most} rows")
     if columns % 4 and batch > 1:
         raise ValueError(f"x: {batch} rows of {columns} columns: only single rows may have columns that are not in fours")
     if x.get_device() != index:
         raise ValueError(f"x: on {x.device}, the weights are on {'the CPU' if index < 0 else f'cuda:{index}'}")
-    bias_at = 0
-    if bias is not None:
-        if bias.dtype != torch.bfloat16 or bias.shape != (rows,) or bias.get_device() != index:
-            have = f"{bias.dtype}{list(bias.shape)} on {bias.device}"
-            raise ValueError(f"bias: {have}, needed torch.bfloat16[{rows}] on {x.device}")
-        bias = bias.contiguous()
-        bias_at = bias.data_ptr()
-    x = x.contiguous()
-    if x.data_ptr() % 8:
-        x = x.clone()
-    y = x.new_empty((*shape[:-1], rows))
-    _product(index, rows, columns, weight.fragments, batch, wgmma)(weight.matrix, x, bias_at, y)
-    return y
+    return prepared(index, rows, columns, weight.fragments, batch, wgmma).linear(x, weight.matrix, bias)
 
 
 @functools.cache

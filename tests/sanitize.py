@@ -38,9 +38,9 @@ def main() -> int:
         for batch, warps in PIECES if tiled_gpu._kernels(0).wide else ():
             shared = tiled_gpu.WIDE[batch].shared(batch, warps, weight.fragments)
             with patch.object(tiled_gpu, "plan_wide", return_value=tiled_gpu.WidePlan(batch, 3, warps, 1, 2, pieces, shared)):
-                tiled_gpu._product.cache_clear()
+                tiled_gpu.prepared.cache_clear()
                 found |= products(f"{batch} rows by {warps} warps in pieces", weight, weights, batch)
-        tiled_gpu._product.cache_clear()
+        tiled_gpu.prepared.cache_clear()
         torch.cuda.synchronize()
         wrong += [f"{shape}: {name}" for name, right in found.items() if not right]
     print("\n".join(wrong) or "all as expected")

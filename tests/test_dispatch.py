@@ -179,7 +179,7 @@ class Recorder:
 
 
 def forget() -> None:
-    for prepared in (tiled_gpu._product, tiled_gpu._decompression, tiled_gpu._gathering):
+    for prepared in (tiled_gpu.prepared, tiled_gpu._decompression, tiled_gpu._gathering):
         prepared.cache_clear()
 
 
@@ -230,7 +230,7 @@ def test_what_would_be_launched(recorder: Recorder, monkeypatch: pytest.MonkeyPa
     packed, turned, partial, asked, splits, whole, pieces = map(int, spread)
     assert asked == 64 and splits == how.splits > 1 and turned - packed == partial - turned == 64 * 8192 * 2
     assert (whole, pieces) == (0, 0) and added[3:] == (80, 64, splits, 0) and added[0] == partial
-    assert tiled_gpu._product(-1, 80, 8192, 32, 64, True).memory == partial - packed + 4 * splits * 64 * 80
+    assert tiled_gpu.prepared(-1, 80, 8192, 32, 64, True).memory == partial - packed + 4 * splits * 64 * 80
     with monkeypatch.context() as patched:
         patched.setattr(tiled_gpu, "plan_wide", lambda *arguments: tiled_gpu.WidePlan(64, 1, 16, 1, 1, 4, 1000))
         forget()
@@ -260,7 +260,7 @@ def test_plans_are_made_once(recorder: Recorder) -> None:
     assert first is not None and second is not None
     for weight in (first, second, first):
         weight.packed, tiled_gpu.product(torch.randn(1, 512).bfloat16(), weight.packed)
-    assert tiled_gpu._product.cache_info().misses == 1
+    assert tiled_gpu.prepared.cache_info().misses == 1
     assert [launched.given[0] for launched in recorder.launched] == [w.packed.matrix for w in (first, second, first)]
 
 

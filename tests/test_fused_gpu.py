@@ -220,6 +220,7 @@ def test_memory_that_runs_out(directory: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setenv("DF11_DISPATCH", str(tmp_path / "table.json"))
     monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_fused", {})
     dispatch._table.cache_clear()
     model = hf.load(directory / "compressed", "cuda", mode="exact" if while_ == "fusing" else "fused")
     with torch.inference_mode():

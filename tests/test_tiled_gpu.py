@@ -180,9 +180,9 @@ def test_an_infinity_where_fours_are_dealt_in_pieces(batch: int, whole: int, mon
         shared = kernel.shared(size, warps, weight.fragments)
         how = tiled_gpu.WidePlan(size, blocks, warps, 1, whole, 2, shared)
         monkeypatch.setattr(tiled_gpu, "plan_wide", lambda *arguments: how)
-        tiled_gpu._product.cache_clear()
+        tiled_gpu.prepared.cache_clear()
     y, expected = weight.linear(x).float(), x.float() @ weights.float().T
-    tiled_gpu._product.cache_clear()
+    tiled_gpu.prepared.cache_clear()
     assert torch.equal(y[3].isnan(), expected[3].isnan()) and torch.equal(y[3].isposinf(), expected[3].isposinf())
     others = torch.arange(batch) != 3
     assert (y - expected)[others].norm() < 0.01 * expected[others].norm()

@@ -78,6 +78,7 @@ class CompressedTensor(torch.Tensor):
             device=device or stored.device,
             requires_grad=requires_grad,
         )
+        torch._C._set_throw_on_mutable_data_ptr(made)  # instead of reading where there is nothing
         made._stored = stored
         whole = dtype == torch.bfloat16 and not offset and tuple(size) == stored.shape
         made._whole = stored.shape if whole and stored.numel and (stride is None or list(stride) == _rows_first(size)) else None

@@ -149,11 +149,15 @@ class TiledTensor(CompressedTensor):
                 # The host's time counts here. What torch keeps of a tensor (its shape, device) takes this very way: 2 us each.
                 stored, known = weight._stored, weight._known
                 current = known[0] is stored.arrays and stored.held is None
-                if type(x) is torch.Tensor and (own := known[1] if current else weight._rows()) is not None and _is_hot(x, own):
+                if (
+                    type(x) is torch.Tensor
+                    and (own := known[1] if current else weight._rows()) is not None
+                    and _is_hot(x, own, bias)
+                ):
                     if (merged := stored.merged) is not None and (index := weight._known[2]) >= 0 and merged.has(bias, index):
                         return merged.linear(x, index, stored.weight(x.device))
                     return dispatch.linear(own, x, bias)
-                if stored.numbers[1:] > (0,) and bias is None and stored.is_traced and weight._range():
+                if bias is None and stored.is_traced and weight._is_merged_for(x):
                     return weight._traced_linear(x)
         elif func is functional.embedding and len(args) > 1 and (found := _embedding(*args, **(kwargs or {}))) is not None:
             return found
@@ -168,12 +172,19 @@ class TiledTensor(CompressedTensor):
                 return found
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def _is_merged_for(self, x: torch.Tensor) -> bool:
+        """Whether a compiler that traces a product with x may compute one for several layers."""
+        stored = self._stored
+        merged = "raw" not in stored.arrays and stored.numbers[1] and self._range() and not torch.compiler.is_exporting()
+        fits = x.dtype == torch.bfloat16 and x.shape[-1:] == stored.shape[1:]
+        return bool(merged and fits and not torch._C._is_any_autocast_enabled())
+
     def _traced_linear(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T where a compiler traces: one product for all layers that have this input, of which compilers know no more."""
         stored, done = self._stored, x.__dict__.setdefault("_df11_products", {})
         if stored.numbers not in done:
-            with torch._C.DisableTorchFunctionSubclass():
-                done[stored.numbers] = functional.linear(x, TiledTensor.make(stored, stored.shape))
+            whole = stored.weight()
+            done[stored.numbers] = torch.ops.df11.linear(x, whole.arrays, whole.uppers, *whole.shape)
         first, last = self._range() or (0, 0)
         y: torch.Tensor = done[stored.numbers][..., first:last]
         return y
@@ -199,7 +210,8 @@ class TiledTensor(CompressedTensor):
         stored = self._stored
         if self.dim() != 2 or self.dtype != torch.bfloat16 or len(stored.shape) != 2 or not self.numel():
             return None
-        (rows, columns), stride = (self.size(), self.stride()) if not turned else (self.size()[::-1], self.stride()[::-1])
+        size, stride = tuple(map(int, self.size())), tuple(map(int, self.stride()))
+        (rows, columns), stride = (size, stride) if not turned else (size[::-1], stride[::-1])
         first, beside = divmod(int(self.storage_offset()), stored.shape[1])
         whole = columns == stored.shape[1] and stride == (columns, 1) and not beside
         tiles = first % ROWS == 0 and ((first + rows) % ROWS == 0 or first + rows == stored.shape[0])
@@ -227,12 +239,12 @@ def _needs_gradients(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def _is_hot(x: torch.Tensor, weight: TiledWeight) -> bool:
+def _is_hot(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> bool:
     """Whether a product may skip torch's dispatcher: it is one, and no mode and no transformation looks at it."""
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state()
     if watched or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
-    return _fits(x, weight)
+    return _fits(x, weight) and (bias is None or bias.dtype == torch.bfloat16)
 
 
 def _fits(x: torch.Tensor, weight: TiledWeight) -> bool:
