@@ -6,7 +6,7 @@ PY := .venv/bin/python
 NEEDED_GB := 5
 
 KERNELS := $(basename $(notdir $(wildcard kernels/*.cu)))
-ARCHS := sm_80 sm_90
+ARCHS := sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
 # Barriers that are tracked: what the tool finds by itself, and 64 too, are too few, and then it reports a launch failure.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=tiled_ --num-cuda-barriers 1024 --error-exitcode 1
 SANITIZED := $(foreach tool,memcheck racecheck,sanitize-bench-$(tool)) \

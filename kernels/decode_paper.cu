@@ -22,7 +22,13 @@ struct PaperShared {
 
 extern "C" __constant__ const int decode_paper_launch[] = {kBlockChunks, int(sizeof(PaperShared)), 0};
 
-extern "C" __global__ void __launch_bounds__(kBlockChunks, 4) decode_paper(Unit unit) {
+// Of a multiprocessor: 2048 threads are 4, the 1536 of consumer GPUs 3.
+#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+#define PAPER_BLOCKS 3
+#else
+#define PAPER_BLOCKS 4
+#endif
+extern "C" __global__ void __launch_bounds__(kBlockChunks, PAPER_BLOCKS) decode_paper(Unit unit) {
   extern __shared__ __align__(16) unsigned char raw[];
   PaperShared& s = *reinterpret_cast<PaperShared*>(raw);
   const int thread = threadIdx.x;
