@@ -43,7 +43,7 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
     CUDA graph is captured: then as many as a product takes are taken to be faster fused, and more decompressed at once.
     """
     rows, columns = weight.shape
-    if x.dtype != torch.bfloat16 or x.shape[-1] != columns:
+    if x.dtype != torch.bfloat16 or x.size(-1) != columns:
         raise ValueError(f"x: {x.dtype}{list(x.shape)}, needed torch.bfloat16 [..., {columns}]")
     index = x.get_device()
     if index != weight.index:

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ import peft
 import pytest
 import torch
 import transformers
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -216,6 +219,48 @@ def test_nothing_depends_on_merging() -> None:
     merged.load_state_dict({name: p * 3 for name, p in pair.state_dict().items()})
     pair.load_state_dict({name: p * 3 for name, p in pair.state_dict().items()})
     assert all(near(*both) for both in zip(merged(x), pair(x), strict=True))
+
+
+@torch.no_grad()
+def test_nothing_depends_on_merging_in_compiled_code() -> None:
+    """One product for both where the input is the same; an input that is written to, and weights that were moved alone."""
+    pair, merged, _ = pairs()
+    for one in (pair, merged):
+        one.gate_proj.bias = one.up_proj.bias = None
+    products = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            products.append(sum("df11.linear" in str(node.target) for node in graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=count)(graph, inputs)
+
+    def written(model: Pair, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x * 1
+        first = model.gate_proj(x)
+        x.add_(1)
+        return first, model.up_proj(x)
+
+    moved = copy.deepcopy(merged)
+    for layer in (moved.gate_proj, moved.up_proj):
+        layer.weight = nn.Parameter(layer.weight.detach().to("cpu", copy=True), requires_grad=False)
+    x = torch.randn(3, 256).bfloat16()
+    for run, model in ((lambda model, x: model(x), merged), (written, merged), (lambda model, x: model(x), moved)):
+        torch._dynamo.reset()
+        found = torch.compile(partial(run, model), backend=backend, fullgraph=True)(x)
+        assert all(near(*both) for both in zip(found, run(pair, x), strict=True))
+    assert products == [1, 2, 2]
+
+
+def test_a_weight_that_is_trained() -> None:
+    """It gets its gradient, as any other: it may be set free."""
+    pair, merged, _ = pairs()
+    x = torch.randn(3, 256).bfloat16()
+    for model in (pair, merged):
+        model.gate_proj.weight.requires_grad_(True)
+        sum(y.float().square().sum() for y in model(x)).backward()  # type: ignore[union-attr]
+    assert near(merged.gate_proj.weight.grad, pair.gate_proj.weight.grad)
 
 
 def test_other_inputs_do_what_they_do_with_bf16() -> None:

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 import torch.multiprocessing as mp
 import transformers
 

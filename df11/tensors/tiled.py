@@ -24,6 +24,11 @@ from df11.tensors.stored import Stored
 from df11.tiled_ops import TiledWeight
 
 aten = torch.ops.aten
+_modes, _is_autocast, _transformation = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_any_autocast_enabled,
+    torch._C._functorch.peek_interpreter_stack,
+)
 
 
 class Tiles(Stored):
@@ -95,7 +100,7 @@ class Tiles(Stored):
         (byte, patch), (last_byte, last_patch) = (weight.tiles[[0, -1]].long() & 0xFFFFFFFF).tolist()
         arrays = dict(zip(tiled_ops.ARRAYS, weight.arrays, strict=True))
         arrays |= {"stream": weight.stream[byte:last_byte], "patches": weight.patches[patch:last_patch]}
-        return type(self)(arrays | {"tiles": weight.tiles - weight.tiles[0]}, self.numbers, weight.shape)
+        return type(self)(arrays | {"tiles": weight.tiles - weight.tiles[0]}, (weight.uppers, 0), weight.shape)
 
 
 class Merged:
@@ -116,7 +121,7 @@ class Merged:
     def linear(self, x: torch.Tensor, index: int, whole: TiledWeight) -> torch.Tensor:
         """x W^T + bias of one of the layers. whole: the weights of all."""
         stream = torch._C._cuda_getCurrentRawStream(whole.index) if whole.index >= 0 else 0
-        writes = 0 if x.is_inference() else x._version  # those to x, where torch counts them
+        writes = _writes(x)
         kept = self._kept
         if not index or kept is None or kept[0] is not x or kept[2] != stream or kept[3] != writes:
             parts = dispatch.linear(whole, x, self.bias).split_with_sizes(self.sizes, -1)
@@ -137,7 +142,8 @@ class TiledTensor(CompressedTensor):
 
     _layout = Tiles
     _arrays = tiled_ops.ARRAYS
-    _known: tuple[object, TiledWeight | None, int] = (None, None, -1)  # arrays, their rows that are this tensor's, which layer's
+    # Arrays, their rows that are this tensor's, which of the merged layers' these are, and the weights of all of those.
+    _known: tuple[object, TiledWeight | None, int, TiledWeight | None] = (None, None, -1, None)
 
     @classmethod
     def __torch_function__(
@@ -145,18 +151,17 @@ class TiledTensor(CompressedTensor):
     ) -> Any:
         if func is functional.linear and not kwargs:
             x, weight, bias = args if len(args) == 3 else (*args, None)
-            if type(weight) is cls and not _needs_gradients(x, bias):
+            if type(weight) is cls and not _needs_gradients(x, weight, bias):
                 # The host's time counts here. What torch keeps of a tensor (its shape, device) takes this very way: 2 us each.
                 stored, known = weight._stored, weight._known
-                current = known[0] is stored.arrays and stored.held is None
-                if (
-                    type(x) is torch.Tensor
-                    and (own := known[1] if current else weight._rows()) is not None
-                    and _is_hot(x, own, bias)
-                ):
-                    if (merged := stored.merged) is not None and (index := weight._known[2]) >= 0 and merged.has(bias, index):
-                        return merged.linear(x, index, stored.weight(x.device))
-                    return dispatch.linear(own, x, bias)
+                if type(x) is torch.Tensor:
+                    if known[0] is not stored.arrays or stored.held is not None:
+                        known = weight._look()
+                    _, own, index, whole = known
+                    if own is not None and _is_hot(x, own, bias):
+                        if index >= 0 and (merged := stored.merged).has(bias, index):
+                            return merged.linear(x, index, whole)
+                        return dispatch.linear(own, x, bias)
                 if bias is None and stored.is_traced and weight._is_merged_for(x):
                     return weight._traced_linear(x)
         elif func is functional.embedding and len(args) > 1 and (found := _embedding(*args, **(kwargs or {}))) is not None:
@@ -182,28 +187,32 @@ class TiledTensor(CompressedTensor):
     def _traced_linear(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T where a compiler traces: one product for all layers that have this input, of which compilers know no more."""
         stored, done = self._stored, x.__dict__.setdefault("_df11_products", {})
-        if stored.numbers not in done:
+        key = *stored.numbers, _writes(x)
+        if key not in done:
             whole = stored.weight()
-            done[stored.numbers] = torch.ops.df11.linear(x, whole.arrays, whole.uppers, *whole.shape)
+            done[key] = torch.ops.df11.linear(x, whole.arrays, whole.uppers, *whole.shape)
         first, last = self._range() or (0, 0)
-        y: torch.Tensor = done[stored.numbers][..., first:last]
+        y: torch.Tensor = done[key][..., first:last]
         return y
 
     def _rows(self, turned: bool = False) -> TiledWeight | None:
         """The matrix that this tensor is, or its transpose, where that is rows of whole tiles; None where it is not."""
-        stored = self._stored
-        if stored.arrays is self._known[0] and stored.held is None and not turned:
-            return self._known[1]
-        found, where = None, self._range(turned)
-        if where is not None and "raw" not in stored.arrays:
-            whole = stored.weight(self.device)
-            found = whole if where == (0, stored.shape[0]) else whole.part(*where)
-        if not turned:
-            ranges = stored.merged.ranges if stored.merged is not None else ()
-            index = ranges.index(where) if where in ranges else -1
-            kept = stored.held is None and stored.device == self.device
-            self._known = stored.arrays if kept else None, found, index
-        return found
+        stored, where = self._stored, self._range(turned)
+        if where is None or "raw" in stored.arrays:
+            return None
+        whole: TiledWeight = stored.weight(self.device)
+        return whole if where == (0, stored.shape[0]) else whole.part(*where)
+
+    def _look(self) -> tuple[object, TiledWeight | None, int, TiledWeight | None]:
+        """As `_known`, which it is until other arrays are stored; not while some are lent, or come from elsewhere."""
+        stored, own = self._stored, self._rows()
+        ranges = stored.merged.ranges if stored.merged is not None and own is not None else ()
+        where = self._range()
+        index = ranges.index(where) if where in ranges else -1
+        known = stored.arrays, own, index, stored.weight(self.device) if index >= 0 else None
+        if stored.held is None and stored.device == self.device:
+            self._known = known
+        return known
 
     def _range(self, turned: bool = False) -> tuple[int, int] | None:
         """Which rows of what is stored this tensor is, or its transpose: first, and behind the last; None where it is none."""
@@ -235,23 +244,30 @@ class TiledTensor(CompressedTensor):
 torch.serialization.add_safe_globals([TiledTensor, Tiles, Merged])
 
 
-def _needs_gradients(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+def _needs_gradients(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _writes(x: torch.Tensor) -> int:
+    """How often a tensor was written to, where torch counts that."""
+    return 0 if x.is_inference() else x._version
 
 
 def _is_hot(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> bool:
     """Whether a product may skip torch's dispatcher: it is one, and no mode and no transformation looks at it."""
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state()
-    if watched or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _modes() or _is_autocast() or _transformation() is not None or forward_ad._current_level >= 0:
         return False
-    return _fits(x, weight) and (bias is None or bias.dtype == torch.bfloat16)
+    if torch._C._get_tracing_state() or (bias is not None and bias.dtype != torch.bfloat16):
+        return False
+    return _fits(x, weight)
 
 
 def _fits(x: torch.Tensor, weight: TiledWeight) -> bool:
     if x.dtype != torch.bfloat16 or x.get_device() != weight.index:
         return False
-    shape = x.shape
-    return bool(shape) and shape[-1] == weight.shape[1] and x.numel() > 0
+    return x.dim() > 0 and x.size(-1) == weight.shape[1] and x.numel() > 0
 
 
 def _embedding(
@@ -291,13 +307,13 @@ def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, beta: f
     return _mm(x, weight, bias) if beta == alpha == 1 else None
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+def _matrix_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
     return _mm(x, weight.t(), bias) if weight.dim() == 2 else None
 
 
 _OWN: dict[Any, Callable[..., torch.Tensor | None]] = {
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
-    aten.linear.default: _linear,  # comes here in inference mode only
+    aten.linear.default: _matrix_product,  # comes here in inference mode only
     aten.embedding.default: _looked_up,
 }
