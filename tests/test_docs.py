@@ -268,7 +268,7 @@ def claims_of_the_readme() -> Iterator[str]:
         bf16, own = (values("same_gpu", ["variant"], **prompt, codec=codec, batch_size=batch) for codec in ("bf16", "tiled"))
         longer[batch] = bf16[["plain", "merged"]].max() / own["-"]
     few, many = (span(pd.Series([longer[batch] for batch in some])) for some in ((2, 4, 16), (32, 64, 128, 256, 512)))
-    yield f"A prompt of 64 tokens takes {longer[1]:.2f} times as long as BF16's, 8 such at once {longer[8]:.2f} times; 2 to 16 at once"
+    yield f"A prompt of 64 tokens takes {longer[1]:.2f} times as long as BF16's, 8 such at once {longer[8]:.2f} times;"
     yield f"; 2 to 16 at once took {few} times by older launches, 32 to 512 {many} times."
     stored_bytes = values("same_gpu", ["codec", "variant", "launch", "batch_size"], gpu=H100, metric="stored_bytes")
     stored = [stored_bytes[codec].max() for codec in ("tiled", "bf16")]
