@@ -15,6 +15,7 @@ import xxhash
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.quantizers import auto as quantizers
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -26,7 +27,7 @@ from df11.formats.dfloat11 import ARRAYS, PARTS
 from df11.fused import fuse_, is_fused
 from df11.modules import compress_, compress_own_, decompress_, is_compressed
 from df11.ops import CompressedUnit, encode_each
-from df11.runtime import attach, detach
+from df11.runtime import GRANULARITIES, attach, detach
 from df11.sources.files import SafetensorsSource
 from df11.sources.model import SourceError, TensorInfo
 from df11.tensors import CompressedTensor, Units, is_stack
@@ -102,31 +103,45 @@ class DF11Config(QuantizationConfigMixin):
 
     With a checkpoint of the released package (`dfloat11_config` in config.json) it must be given: their config.json asks for none.
 
-    include, exclude: shell patterns of parameter names. mode: `exact`, logits bit-identical to the original's; `fused`, linear
-    layers are transcoded to the tiled layout, for products that do not decompress (df11/fused.py). granularity: what is
-    decompressed at a time in exact mode, `layer` or `block`. own_names: written by save_pretrained, which keeps the model's names:
-    transformers has nothing to rename or merge.
+    include, exclude: shell patterns of parameter names. mode: `exact` (the default), logits bit-identical to the original's;
+    `fused`, matrices are transcoded to the tiled layout, for products that do not decompress (df11/fused.py). granularity: what
+    is decompressed at a time in exact mode, `layer` (the default) or `block`. Both, where given, count more than what a
+    compressed checkpoint says. own_names: written by save_pretrained, which keeps the model's names: transformers has nothing to
+    rename or merge.
     """
 
     def __init__(
         self,
         include: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
-        granularity: str = "layer",
-        mode: str = "exact",
+        granularity: str | None = None,
+        mode: str | None = None,
         version: int = VERSION,
         own_names: bool = False,
         **kwargs: Any,
     ) -> None:
         if version != VERSION:
             raise ValueError(f"the checkpoint has version {version} of the df11 layout, this df11 reads {VERSION}: update df11")
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+        for name, value, known in (("mode", mode, MODES), ("granularity", granularity, GRANULARITIES)):
+            if value is not None and value not in known:
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
         if unknown := kwargs.keys() - {"quant_method"}:
             raise ValueError(f"{', '.join(sorted(unknown))}: DF11Config takes include, exclude, granularity and mode")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.include, self.exclude = ((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude))
-        self.granularity, self.mode, self.version, self.own_names = granularity, mode, version, own_names
+        self.granularity, self.mode = granularity or "layer", mode or "exact"
+        self.version, self.own_names = version, own_names
+        self._given = {name: value for name, value in (("granularity", granularity), ("mode", mode)) if value is not None}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What from_pretrained sets in the config of a compressed checkpoint."""
+        return self._given
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "_given"}
+
+
+quantizers.LOADING_ATTRIBUTES_CONFIG_TYPES = (*quantizers.LOADING_ATTRIBUTES_CONFIG_TYPES, DF11Config)  # type: ignore[assignment]
 
 
 @register_quantizer(QUANT_METHOD)

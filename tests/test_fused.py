@@ -137,6 +137,28 @@ def test_what_save_pretrained_writes(tmp_path: Path) -> None:
     assert all(same_bits(dense(p), expected[name]) for name, p in again.named_parameters())
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_how_a_checkpoint_runs_is_chosen_where_it_is_loaded(tmp_path: Path) -> None:
+    directory = build(tmp_path / "original")
+    for mode in ("exact", "fused"):
+        checkpoint.compress(directory, tmp_path / mode, loadable=hf.parameter_names, mode=mode)
+        assert is_fused(AutoModelForCausalLM.from_pretrained(tmp_path / mode)) == (mode == "fused")
+        for asked in ("exact", "fused"):
+            config = hf.DF11Config(mode=asked)
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / mode, quantization_config=config)
+            assert is_fused(model) == (asked == "fused") and modules.is_compressed(model)
+            assert model.config.quantization_config.mode == asked
+        config = hf.DF11Config(granularity="block")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / mode, quantization_config=config)
+        assert is_fused(model) == (mode == "fused")  # what is not given is the checkpoint's
+        assert bool(model.__dict__["_df11_hooks"]) == (mode == "exact")
+    model.save_pretrained(tmp_path / "again")
+    assert "_given" not in (tmp_path / "again" / "config.json").read_text()
+    for wrong in ({"mode": "quick"}, {"granularity": "model"}):
+        with pytest.raises(ValueError, match=r"quick|model.*layer, block"):
+            hf.DF11Config(**wrong)
+
+
 @torch.inference_mode()
 def test_dequantize(tmp_path: Path) -> None:
     original = hf.load(build(tmp_path / "original"), "cpu")
