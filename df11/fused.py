@@ -34,8 +34,10 @@ def fuse_(model: nn.Module, merge: bool = True, include: tuple[str, ...] = (), e
     merge: store q, k and v, and gate and up, one below the other where a module has all of them, so that one product computes them.
     include, exclude: shell patterns of names. What has more dimensions or would not get smaller stays as it is: what of it is
     compressed in the published layout runs as `attach(model)` has it. Tied parameters stay one parameter. Where memory runs out the
-    model still runs: each parameter is as it was or turned.
+    model still runs: each parameter is as it was or turned. Raises ValueError after `offload_`.
     """
+    if any(module.__dict__.get("_df11_pool") for module in model.modules()):
+        raise ValueError("blocks are in host memory already: fuse_ the model first, then offload_ blocks")
     chosen = {
         id(parameter): f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -77,10 +79,10 @@ def _fuse_merged(model: nn.Module, chosen: dict[int, str], pools: _Pools) -> lis
             if weight is None:
                 continue
             sizes, biases = [layer.out_features for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
-            if biases:
-                for bias, part in zip(biases, torch.cat([bias.detach() for bias in biases]).split(sizes), strict=True):
-                    bias.data = part
-            whole = TiledTensor.make(_store(weight, pools, Merged(sizes, biases)), weight.shape)
+            joined = torch.cat([bias.detach() for bias in biases]) if biases else None
+            whole = TiledTensor.make(_store(weight, pools, Merged(sizes, biases, joined)), weight.shape)
+            for bias, first in zip(biases, itertools.accumulate(sizes, initial=0), strict=False):
+                bias.data = joined[first : first + bias.numel()]  # type: ignore[index]
             for index, part in enumerate(torch.split(whole, sizes)):
                 made = replacement(layers[index].weight, part)
                 for each in tied:
@@ -90,8 +92,10 @@ def _fuse_merged(model: nn.Module, chosen: dict[int, str], pools: _Pools) -> lis
 
 
 def _fit_together(layers: list[nn.Linear]) -> bool:
-    """Whether each begins with a tile, and biases are of all of them, and bf16, or of none."""
+    """Whether they are different, each begins with a tile, and biases are of all of them, and bf16, or of none."""
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
+    if len({*map(id, weights), *map(id, biases)}) < len(weights) + len(biases):
+        return False
     alike = len({(w.shape[1], w.device) for w in weights}) == 1 and not any(w.shape[0] % ROWS for w in weights[:-1])
     return alike and len(biases) in (0, len(layers)) and all(b.dtype == torch.bfloat16 for b in biases)
 

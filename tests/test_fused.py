@@ -238,9 +238,71 @@ def test_nothing_depends_on_merging() -> None:
     other = pairs()[1]
     merged.load_state_dict(other.double().bfloat16().state_dict())
     assert all(near(*both) for both in zip(merged(x), pair(x), strict=True))
+    merged.up_proj.bias.data = merged.up_proj.bias.data + 5
+    assert near(merged(x)[1], pair(x)[1] + 5)
     merged.load_state_dict({name: p * 3 for name, p in pair.state_dict().items()})
     pair.load_state_dict({name: p * 3 for name, p in pair.state_dict().items()})
     assert all(near(*both) for both in zip(merged(x), pair(x), strict=True))
+
+
+@torch.no_grad()
+def test_what_is_kept_is_given_out_once_and_not_after_writes() -> None:
+    pair, _, _ = pairs()
+    pair.down_proj = nn.Linear(256, 64).bfloat16().eval()  # a third, as v
+    pair.q_proj, pair.k_proj, pair.v_proj = pair.gate_proj, pair.down_proj, pair.up_proj
+    del pair.gate_proj, pair.up_proj, pair.down_proj
+    merged = copy.deepcopy(pair)
+    fuse_(merged)
+    assert merged.k_proj.weight._stored.merged is not None
+    x = torch.randn(3, 256).bfloat16()
+    merged.q_proj(x)
+    merged.k_proj(x).zero_()
+    assert near(merged.k_proj(x), pair.k_proj(x))
+    for write in (lambda k: k.weight.mul_(2), lambda k: k.bias.add_(2)):
+        for one in (pair, merged):
+            one.q_proj(x)
+            write(one.k_proj)
+        assert near(merged.k_proj(x), pair.k_proj(x)) and near(merged.v_proj(x), pair.v_proj(x))
+    merged.q_proj(x)
+    x.data = x.data * 3
+    assert near(merged.k_proj(x), pair.k_proj(x))
+    merged.v_proj(x)
+    assert merged.k_proj.weight._stored.merged._kept is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", ["bias", "layer"])
+def test_layers_that_share_something_are_not_merged(shared: str) -> None:
+    pair, _, _ = pairs()
+    pair.up_proj = nn.Linear(256, 320).bfloat16().eval()
+    if shared == "bias":
+        pair.up_proj.bias = pair.gate_proj.bias
+    else:
+        pair.up_proj = pair.gate_proj
+    model = copy.deepcopy(pair)
+    fuse_(model)
+    x = torch.randn(3, 256).bfloat16()
+    for one in (pair, model):
+        one.up_proj.bias.add_(2)
+    assert all(near(*both) for both in zip(model(x), pair(x), strict=True))
+
+
+@torch.no_grad()
+def test_compilers_tell_merged_matrices_apart() -> None:
+    """Also those that differ in signs only."""
+    pair, _, _ = pairs()
+    for layer in (pair.gate_proj, pair.up_proj):
+        layer.bias = None
+    other = copy.deepcopy(pair)
+    for parameter in other.parameters():
+        parameter.neg_()
+    both = nn.ModuleList([pair, other])
+    x = torch.randn(3, 256).bfloat16()
+    expected = [y for one in both for y in one(x)]
+    fuse_(both)
+    torch._dynamo.reset()
+    found = torch.compile(lambda x: [y for one in both for y in one(x)], backend="aot_eager", fullgraph=True)(x)
+    assert all(near(*pair) for pair in zip(found, expected, strict=True))
 
 
 @torch.no_grad()
@@ -415,8 +477,9 @@ def test_copies_of_merged_layers_stay_merged(tmp_path: Path) -> None:
         stored = copied.gate_proj.weight._stored
         assert stored is copied.up_proj.weight._stored and stored.merged not in (None, merged.gate_proj.weight._stored.merged)
         assert all(same_bits(*both) for both in zip(copied(x), expected, strict=True))
-    copied = copy.deepcopy(merged).to("cpu")
-    assert copied.up_proj.weight._stored.merged.has(copied.up_proj.bias, 1)
+        with torch.no_grad():
+            copied.up_proj.bias.add_(1)
+        assert near(copied(x)[1], expected[1] + 1) and same_bits(merged(x)[1], expected[1])
     other = pairs()[1]
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), assign=True)
     assert isinstance(other.up_proj.weight, TiledTensor)
@@ -488,6 +551,8 @@ def test_blocks_in_host_memory(tmp_path: Path, blocks: int) -> None:
             assert same_bits(model(ids).logits, wanted)
     again = copy.deepcopy(model)
     assert same_bits(again(IDS).logits, expected[0])
+    with pytest.raises(ValueError, match="fuse_ the model first"):
+        fuse_(model)
 
 
 def test_memory_that_runs_out_leaves_a_model_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

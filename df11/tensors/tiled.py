@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-import xxhash
 from torch.autograd import forward_ad
 from torch.nn import functional
 
@@ -52,7 +52,7 @@ class Tiles(Stored):
 
     @classmethod
     def of(cls, weight: TiledWeight, merged: Merged | None = None) -> Self:
-        number = xxhash.xxh3_64_intdigest(weight.tiles.cpu().numpy().data) >> 1 if merged else 0
+        number = secrets.randbits(62) | 1 if merged else 0
         return cls(dict(zip(tiled_ops.ARRAYS, weight.arrays, strict=True)), (weight.uppers, number), weight.shape, merged)
 
     @classmethod
@@ -107,33 +107,41 @@ class Merged:
     """Of several linear layers with the same input whose weights are stored one below the other: the first computes the product for
     all. Nothing depends on it: a layer whose input is another's computes its own."""
 
-    def __init__(self, sizes: Sequence[int], biases: Sequence[torch.Tensor] = ()) -> None:
-        """sizes: rows of each. biases: each layer's, parts of one tensor, one after the other; none, or of all."""
+    def __init__(self, sizes: Sequence[int], biases: Sequence[torch.Tensor] = (), bias: torch.Tensor | None = None) -> None:
+        """sizes: rows of each. biases: the layers', which are parts of `bias`."""
         ends = list(itertools.accumulate(sizes))
-        self.sizes, self.biases = list(sizes), list(biases)
+        self.sizes, self.biases, self.bias = list(sizes), list(biases), bias
         self.ranges = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-        self.bias = biases[0].detach().as_strided((ends[-1],), (1,)) if biases else None
-        self._kept: tuple[torch.Tensor, Sequence[torch.Tensor], int, int] | None = None  # the last input, and all outputs
+        # Of the last input: the outputs that were not asked for yet.
+        self._kept: tuple[tuple[Any, ...], dict[int, torch.Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
 
     def linear(self, x: torch.Tensor, index: int, whole: TiledWeight) -> torch.Tensor:
         """x W^T + bias of one of the layers. whole: the weights of all."""
+        # What must be the same for outputs that were kept: writes are seen where torch counts them.
         stream = torch._C._cuda_getCurrentRawStream(whole.index) if whole.index >= 0 else 0
-        writes = _writes(x)
+        state = x.data_ptr(), x.shape, stream, _writes(x), [_writes(bias) for bias in self.biases]
         kept = self._kept
-        if not index or kept is None or kept[0] is not x or kept[2] != stream or kept[3] != writes:
-            parts = dispatch.linear(whole, x, self.bias).split_with_sizes(self.sizes, -1)
-            kept = x, parts, stream, writes
-        self._kept = kept if index + 1 < len(self.sizes) else None
-        return kept[1][index]
+        if kept is not None and index:
+            (of, weights, *known), outputs = kept
+            if of is x and weights is whole and tuple(known) == state and index in outputs:
+                y = outputs.pop(index)  # each is given out once: it may be written to
+                if not outputs:
+                    self._kept = None
+                return y
+        parts = dispatch.linear(whole, x, self.bias).split_with_sizes(self.sizes, -1)
+        self._kept = (x, whole, *state), {i: part for i, part in enumerate(parts) if i > index}
+        if index + 1 == len(self.sizes):
+            self._kept = None
+        return parts[index]
 
     def has(self, bias: torch.Tensor | None, index: int) -> bool:
-        """Whether a layer's bias is the one that is merged."""
-        if bias is None or not self.biases:
-            return bias is None and not self.biases
-        return bias.data_ptr() == self.biases[index].data_ptr()
+        """Whether a layer's bias is the part that is merged: in copies, or after `.data =`, it need not be."""
+        if bias is None or self.bias is None:
+            return bias is None and self.bias is None
+        return bias.data_ptr() == self.bias.data_ptr() + 2 * self.ranges[index][0]
 
 
 class TiledTensor(CompressedTensor):
@@ -181,7 +189,7 @@ class TiledTensor(CompressedTensor):
         """Whether a compiler that traces a product with x may compute one for several layers."""
         stored = self._stored
         merged = "raw" not in stored.arrays and stored.numbers[1] and self._range() and not torch.compiler.is_exporting()
-        fits = x.dtype == torch.bfloat16 and x.shape[-1:] == stored.shape[1:]
+        fits = type(x) is not torch.Tensor and x.dtype == torch.bfloat16 and x.shape[-1:] == stored.shape[1:]
         return bool(merged and fits and not torch._C._is_any_autocast_enabled())
 
     def _traced_linear(self, x: torch.Tensor) -> torch.Tensor:
