@@ -60,7 +60,7 @@ def linear(weight: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = Non
 def _linear(
     x: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    return linear(TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers), x, bias)
+    return linear(TiledWeight.of(arrays, uppers, rows, columns), x, bias)
 
 
 WAYS: dict[str, Callable[..., torch.Tensor]] = {  # of a weight, x and a bias or None

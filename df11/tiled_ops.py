@@ -72,7 +72,7 @@ def _linear_cpu(
     bias: torch.Tensor | None = None,
     wgmma: bool = True,
 ) -> torch.Tensor:
-    weights = _decoded(_weight(arrays, uppers, rows, columns)).float()
+    weights = _decoded(TiledWeight.of(arrays, uppers, rows, columns)).float()
     return torch.nn.functional.linear(x.float(), weights, None if bias is None else bias.float()).to(torch.bfloat16)
 
 
@@ -80,16 +80,12 @@ def _linear_cpu(
 def _decode(
     arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int, after: torch.Tensor | None = None
 ) -> torch.Tensor:
-    return _weight(arrays, uppers, rows, columns).decompress()
+    return TiledWeight.of(arrays, uppers, rows, columns).decompress()
 
 
 @torch.library.impl("df11::tiled_rows", "CompositeExplicitAutograd")
 def _rows(ids: torch.Tensor, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> torch.Tensor:
-    return _weight(arrays, uppers, rows, columns).rows(ids)
-
-
-def _weight(arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> TiledWeight:
-    return TiledWeight((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers)
+    return TiledWeight.of(arrays, uppers, rows, columns).rows(ids)
 
 
 def _decoded(weight: TiledWeight) -> torch.Tensor:
@@ -112,6 +108,11 @@ class TiledWeight:
     patches: torch.Tensor
     table: torch.Tensor
     uppers: int
+
+    @classmethod
+    def of(cls, arrays: Sequence[torch.Tensor], uppers: int, rows: int, columns: int) -> TiledWeight:
+        """As the operators take it."""
+        return cls((rows, columns), **dict(zip(ARRAYS, arrays, strict=True)), uppers=uppers)
 
     @classmethod
     def encode(cls, weights: torch.Tensor) -> TiledWeight | None:

@@ -61,7 +61,7 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
         expected = outputs(model, cfg) if any(key("bits", mode) not in done for mode in modes) else {}
         answered = {task: evaluation.evaluate(model, tokenizer, spec, cfg.eval.batch_size) for task, spec in asked.items()}
         model = compress(model)
-        for mode in modes:  # exact first: fuse_ is not undone
+        for mode in modes:  # exact first: fuse_ turns the same model
             if mode == "fused":
                 fused.fuse_(model)
             codec, kernel = CODECS[mode]
