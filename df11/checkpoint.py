@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,14 +38,17 @@ from df11.checkpoint_files import (
     write,
 )
 from df11.formats import FormatError
-from df11.formats.dfloat11 import PARTS, DFloat11
+from df11.formats.dfloat11 import PARTS, DFloat11, DFloat11Unit
 from df11.huffman import entropy
+from df11.ops import encode
+from df11.runtime import GRANULARITIES, MODES
 from df11.sources.files import INDEX, SafetensorsSource, described, read_header
-from df11.sources.model import SourceError, TensorInfo, is_matrix, is_selected
+from df11.sources.model import SPELLING, SourceError, TensorInfo, check_patterns, is_matrix, is_selected
+from df11.tensors import CompressedTensor, dense
 
 __all__ = [
+    "GUARD",
     "MANIFEST",
-    "MODES",
     "QUANT_METHOD",
     "REMOTE",
     "VERSION",
@@ -53,31 +57,44 @@ __all__ = [
     "compress",
     "exponent_bits",
     "restore",
+    "save",
+    "shortfall",
     "summary",
     "verify",
 ]
 
 BEGUN = ".df11-begun.json"  # options of an unfinished run
 QUANT_METHOD = "df11"
-MODES = ("exact", "fused")  # how a model runs: df11/runtime.py, df11/fused.py
+# What config.json names as the file of weights. transformers takes no other ending, so without df11 it stops and prints this;
+# df11/hf.py takes it away. Whatever from_pretrained is asked to ignore, it never gets to read codes as weights.
+GUARD = "the weights are compressed: pip install df11, then `import df11` before from_pretrained"
 REMOTE = "df11_remote"  # module of the remote code
 REMOTE_CODE = '''"""Lets from_pretrained(..., trust_remote_code=True) load these compressed weights without an import of df11."""
 
 import df11  # noqa: F401  registers the format
 import transformers
+'''
+REMOTE_CLASS = """
 
-
-class {architecture}(transformers.{architecture}):
+class {name}(transformers.{name}):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         # The library's own class: of one that is not, transformers would choose other kernels and not rename or merge weights.
-        return transformers.{architecture}.from_pretrained(*args, **kwargs)
-'''
+        return transformers.{name}.from_pretrained(*args, **kwargs)
+"""
 AHEAD = 4  # tensors in work at a time
 
 T = TypeVar("T")
 R = TypeVar("R")
 Wanted = Callable[[TensorInfo], bool]
+Arrays = dict[str, tuple[str, list[int], memoryview]]  # what is stored of a tensor: dtype, shape and bytes by key
+# Why a bf16 matrix stays as it is.
+EXCLUDED, NO_CODE, NO_GAIN = "excluded", "no code", "no gain"
+REASONS = {
+    EXCLUDED: "left out by --include or --exclude",
+    NO_CODE: "with Inf, NaN or 2^113 and more, which have no code, or of 2^32 weights and more",
+    NO_GAIN: "not smaller when compressed",
+}
 
 
 def compress(
@@ -86,28 +103,35 @@ def compress(
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     threads: int = 0,
-    loadable: Callable[[Path], set[str]] | None = None,
     progress: Progress = lambda name, size: None,
-    remote_code: bool = False,
+    auto_classes: Callable[[Path], Mapping[str, str]] | None = None,
     mode: str = "exact",
+    granularity: str = "layer",
 ) -> dict[str, Any]:
     """Compress the safetensors directory `source` to the new directory `target`. Returns the manifest.
 
     Works file by file, tensor by tensor, in a folder beside the target that is renamed at the end: an interrupted call goes on
-    with the first unfinished file, and the result is the same bytes. `loadable` gives the names that the model has as
-    parameters; other tensors stay as they are (transformers merges some when it loads). `remote_code` adds what lets
-    `AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)` import df11 itself. `mode`: how transformers runs it.
+    with the first unfinished file, and the result is the same bytes. include, exclude: shell patterns of names as they are in the
+    files. Of bf16 matrices and stacks of them stays what would not get smaller (`shortfall`). auto_classes: gives the model's
+    classes by Auto class; remote code is added that lets these `from_pretrained(target, trust_remote_code=True)` import df11
+    themselves. mode, granularity: how transformers runs it, where `DF11Config` says nothing else.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+    for name, value, known in (("mode", mode, MODES), ("granularity", granularity, GRANULARITIES)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
     config = config_to_compress(source)
     files = _weight_files(source)
-    names = loadable(source) if loadable else None
-    added = _remote_code(source, config) if remote_code else {}
+    try:
+        check_patterns((info.name for file in files.values() for info in SafetensorsSource(file).tensors()), include, exclude)
+    except ValueError as unmatched:
+        raise CheckpointError(f"{source}: {unmatched}") from unmatched
+    how: dict[str, Any] = {"mode": mode} if mode != MODES[0] else {}
+    how |= {"granularity": granularity} if granularity != GRANULARITIES[0] else {}
+    auto_map, added = _remote_code(source, config, auto_classes) if auto_classes else ({}, {})
     options = {"include": list(include), "exclude": list(exclude), "added": added, "source": _fingerprint(files)}
-    options["mode"] = mode
+    options |= {"how": how}
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     begun = partial / BEGUN
@@ -117,13 +141,13 @@ def compress(
     codec = DFloat11(threads=threads)
 
     def wanted(info: TensorInfo) -> bool:
-        chosen = is_matrix(info.dtype, info.shape) and is_selected(info.name, include, exclude)
-        return chosen and (names is None or info.name in names)
+        return is_selected(info.name, include, exclude)
 
     for name, file in files.items():
         if not (partial / name).exists():
             _compress_file(file, partial / name, codec, wanted, progress)
-    manifest = _finish(source, partial, files, added, mode)
+    changes = auto_map | {"quantization_config": {"quant_method": QUANT_METHOD, "version": VERSION} | how}
+    manifest = _finish(source, partial, files, added, changes)
     partial.rename(target)
     (target / BEGUN).unlink()
     return manifest
@@ -141,14 +165,15 @@ def in_order(work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator
             yield pending.popleft().result()
 
 
-def _remote_code(source: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Text by file name. Raises CheckpointError where the model has code of its own or names no class."""
-    architectures = config.get("architectures") or []
-    if len(architectures) != 1 or not str(architectures[0]).isidentifier():
-        raise CheckpointError(f"{source / 'config.json'} does not name one architecture: remote code has none to load")
+def _remote_code(
+    source: Path, config: dict[str, Any], auto_classes: Callable[[Path], Mapping[str, str]]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What config.json needs for it, and text by file name. Raises CheckpointError where the model has code of its own."""
     if "auto_map" in config or (source / f"{REMOTE}.py").exists():
         raise CheckpointError(f"{source} has remote code of its own: import df11 before from_pretrained instead of adding more")
-    return {f"{REMOTE}.py": REMOTE_CODE.format(architecture=architectures[0])}
+    classes = auto_classes(source)
+    text = REMOTE_CODE + "".join(REMOTE_CLASS.format(name=name) for name in sorted(set(classes.values())))
+    return {"auto_map": {auto: f"{REMOTE}.{name}" for auto, name in classes.items()}}, {f"{REMOTE}.py": text}
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:
@@ -168,24 +193,69 @@ def _fingerprint(files: dict[str, Path]) -> dict[str, list[int]]:
 
 
 def _compress_file(source: Path, target: Path, codec: DFloat11, wanted: Wanted, progress: Progress) -> None:
-    """One file, streamed: sizes are known only at the end, so the header goes into room left free at the beginning."""
+    """One file, streamed."""
     reader = SafetensorsSource(source)
     original, _ = read_header(source)
-    about: dict[str, Any] = {"original_header": original.decode(), "tensors": {}, "stored": {}}
+
+    def stored(info: TensorInfo) -> tuple[Arrays, dict[str, Any]]:
+        unit, why = None, ""
+        if is_matrix(info.dtype, info.shape) and not wanted(info):
+            why = EXCLUDED
+        elif is_matrix(info.dtype, info.shape):
+            unit = codec.encode(lambda: reader.chunks(info.name), [info.shape])
+        return _stored(info, unit, why, lambda: _bytes_of(reader.read(info.name)))
+
+    made = in_order(stored, reader.tensors(), min(AHEAD, codec.threads))
+    _write_file(target, original.decode(), reader.tensors(), made, progress)
+
+
+def save(tensors: Mapping[str, torch.Tensor], target: Path, wanted: Callable[[str], bool]) -> None:
+    """Write tensors to a file as `compress` does: compressed ones as they are stored, and of others the bf16 matrices that are
+    wanted by name. Its original is what safetensors would have written of the same tensors."""
+    original: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    infos, at = [], 0
+    for name, tensor in sorted(tensors.items()):
+        info = TensorInfo(name, tuple(tensor.shape), SPELLING[tensor.dtype])
+        original[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.nbytes]}
+        at += info.nbytes
+        infos.append(info)
+
+    def stored(info: TensorInfo) -> tuple[Arrays, dict[str, Any]]:
+        tensor = tensors[info.name]
+        weights = dense(tensor).contiguous()
+        unit = None
+        if isinstance(tensor, CompressedTensor) or (is_matrix(info.dtype, info.shape) and wanted(info.name)):
+            units = tensor.units() if isinstance(tensor, CompressedTensor) and tensor.is_contiguous() else []
+            whole = len(units) == 1 and units[0].numel == tensor.numel()
+            data = _bytes_of(weights)
+            unit = replace((units[0] if whole else encode([weights])).to_unit(), checksum=xxhash.xxh3_128_hexdigest(data))
+        return _stored(info, unit, "", lambda: _bytes_of(weights))
+
+    _write_file(target, json.dumps(original, separators=(",", ":")), infos, map(stored, infos))
+
+
+def _write_file(
+    target: Path,
+    original_header: str,
+    infos: list[TensorInfo],
+    made: Iterable[tuple[Arrays, dict[str, Any]]],
+    progress: Progress = lambda name, size: None,
+) -> None:
+    """One file of what is made of each tensor. Sizes are known only at the end, so the header goes into room left free before."""
+    about: dict[str, Any] = {"original_header": original_header, "tensors": {}, "stored": {}}
     entries: dict[str, Any] = {}
     # An entry takes the name three times (with a suffix), its checksums and some 150 characters; a compressed tensor has five.
-    names = {info.name for info in reader.tensors()}
-    room = 4096 + _escaped(about["original_header"]) + sum(5 * (3 * _escaped(name) + 320) for name in names)
+    names = {info.name for info in infos}
+    room = 4096 + _escaped(original_header) + sum(5 * (3 * _escaped(name) + 320) for name in names)
     temporary = target.with_name(f".{target.name}.tmp")
     with temporary.open("wb") as out:
         out.seek(8 + room)
         at = 0
-        made = in_order(lambda info: _stored(reader, info, codec, wanted), reader.tensors(), min(AHEAD, codec.threads))
-        for info, (stored, record) in zip(reader.tensors(), made, strict=True):
+        for info, (stored, record) in zip(infos, made, strict=True):
             about["tensors"][info.name] = record
             for key, (dtype, shape, data) in stored.items():
                 if key != info.name and key in names:
-                    raise CheckpointError(f"{source} has a tensor {key}, a name that {info.name} needs: --exclude '{info.name}'")
+                    raise CheckpointError(f"{target} has a tensor {key}, a name that {info.name} needs: --exclude '{info.name}'")
                 entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
                 about["stored"][key] = xxhash.xxh3_128_hexdigest(data)
                 out.write(data)
@@ -193,7 +263,7 @@ def _compress_file(source: Path, target: Path, codec: DFloat11, wanted: Wanted, 
             progress(info.name, info.nbytes)
         header = json.dumps({"__metadata__": {"format": "pt", "df11": json.dumps(about)}, **entries}).encode()
         if len(header) > room:
-            raise CheckpointError(f"{source}: the header of {target.name} needs {len(header)} bytes, {room} were left for it")
+            raise CheckpointError(f"the header of {target} needs {len(header)} bytes, {room} were left for it")
         out.seek(0)
         out.write(room.to_bytes(8, "little") + header.ljust(room))
         out.flush()
@@ -206,26 +276,31 @@ def _escaped(text: str) -> int:
     return len(json.dumps(json.dumps(text)))
 
 
-def _stored(
-    reader: SafetensorsSource, info: TensorInfo, codec: DFloat11, wanted: Wanted
-) -> tuple[dict[str, tuple[str, list[int], memoryview]], dict[str, Any]]:
-    """The arrays that a tensor is stored as, and what is recorded of the original."""
-    if wanted(info):
-        unit = codec.encode(lambda: reader.chunks(info.name), [info.shape])
-        if unit.raw is None:
-            arrays = {info.name: unit.encoded_exponent} | {f"{info.name}_{part}": getattr(unit, part) for part in PARTS}
+def _stored(info: TensorInfo, unit: DFloat11Unit | None, why: str, data: Callable[[], memoryview]) -> tuple[Arrays, dict[str, Any]]:
+    """The arrays that a tensor is stored as, and what is recorded of it: those of its unit where they are smaller, else its own
+    bytes, and why."""
+    if unit is not None and (unit.raw is not None or unit.output_positions.dtype != np.uint32):
+        why = NO_CODE
+    elif unit is not None:
+        arrays = {info.name: unit.encoded_exponent} | {f"{info.name}_{part}": getattr(unit, part) for part in PARTS}
+        if sum(array.nbytes for array in arrays.values()) < info.nbytes:
             stored = {key: ("U32" if a.dtype == np.uint32 else "U8", list(a.shape), _bytes(a)) for key, a in arrays.items()}
             return stored, {"compressed": True, "shape": info.shape, "xxh3": unit.checksum}
-    data = _bytes(reader.read(info.name).reshape(-1).view(torch.uint8).numpy())
-    record = {"compressed": False, "shape": info.shape, "xxh3": xxhash.xxh3_128_hexdigest(data)}
-    return {info.name: (info.dtype, list(info.shape), data)}, record
+        why = NO_GAIN
+    own = data()
+    record = {"compressed": False, "shape": info.shape, "xxh3": xxhash.xxh3_128_hexdigest(own)} | ({"why": why} if why else {})
+    return {info.name: (info.dtype, list(info.shape), own)}, record
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return _bytes(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str, str], mode: str) -> dict[str, Any]:
+def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str, str], changes: dict[str, Any]) -> dict[str, Any]:
     """Index, config, the other files, those added, and the manifest."""
     weight_map: dict[str, str] = {}
     tensors: dict[str, Any] = {}
@@ -245,10 +320,7 @@ def _finish(source: Path, partial: Path, files: dict[str, Path], added: dict[str
         write(partial / INDEX, (json.dumps(index, indent=1) + "\n").encode())
     if (source / "config.json").exists():
         originals["config.json"] = (source / "config.json").read_bytes().decode()
-        how = {"quant_method": QUANT_METHOD, "version": VERSION} | ({} if mode == "exact" else {"mode": mode})
-        config = read_config(source) | {"quantization_config": how}
-        if added:
-            config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE}.{config['architectures'][0]}"}
+        config = {"transformers_weights": GUARD} | read_config(source) | changes
         write(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in {*files, *originals} and path.suffix != ".safetensors":
@@ -353,7 +425,8 @@ def restore(directory: Path, target: Path, progress: Progress = lambda name, siz
 
 
 def summary(directory: Path) -> list[dict[str, Any]]:
-    """A row a tensor: name, shape, whether it is compressed, original and stored bytes."""
+    """A row a tensor: name, shape, dtype, whether it is compressed, why not (a key of REASONS, of a bf16 matrix), original and
+    stored bytes."""
     rows = []
     for file in open_files(directory):
         original = json.loads(file.about["original_header"])
@@ -361,10 +434,27 @@ def summary(directory: Path) -> list[dict[str, Any]]:
             keys = [name, *(f"{name}_{part}" for part in PARTS)] if record["compressed"] else [name]
             stored = sum(file.entries[key]["data_offsets"][1] - file.entries[key]["data_offsets"][0] for key in keys)
             start, end = original[name]["data_offsets"]
-            rows.append(
-                {"name": name, **{k: record[k] for k in ("shape", "compressed")}, "original": end - start, "stored": stored}
-            )
+            row = {"name": name, "dtype": original[name]["dtype"], "why": record.get("why", "")}
+            rows.append(row | {k: record[k] for k in ("shape", "compressed")} | {"original": end - start, "stored": stored})
     return rows
+
+
+def shortfall(rows: list[dict[str, Any]]) -> str:
+    """Of a `summary`: why less than half of the bytes of bf16 matrices is compressed. Empty where more is."""
+    matrices = [row for row in rows if is_matrix(row["dtype"], row["shape"])]
+    whole = sum(row["original"] for row in matrices)
+    if not whole:
+        sizes: Counter[str] = Counter()
+        for row in rows:
+            sizes[row["dtype"]] += row["original"]
+        held = f"; most of it is {sizes.most_common(1)[0][0]}" if rows else ""
+        return f"nothing is compressed: the checkpoint holds no bf16 matrix{held}"
+    done = sum(row["original"] for row in matrices if row["compressed"])
+    if 2 * done >= whole:
+        return ""
+    left = Counter({why: sum(row["original"] for row in matrices if row["why"] == why) for why in REASONS})
+    reasons = ", ".join(f"{100 * size / whole:.0f} % {REASONS[why]}" for why, size in left.most_common() if size)
+    return f"only {100 * done / whole:.0f} % of the bytes of bf16 matrices are compressed: {reasons}"
 
 
 def exponent_bits(directory: Path) -> tuple[float, float]:

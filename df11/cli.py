@@ -15,6 +15,7 @@ from rich.table import Table
 
 from df11 import __version__, checkpoint, gpu, released_checkpoint
 from df11.formats import FormatError, UnsupportedBits
+from df11.runtime import GRANULARITIES, MODES
 from df11.sources import SourceError, require_models_extra
 
 EXAMPLES = """examples:
@@ -75,9 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument(
         "--mode",
-        choices=checkpoint.MODES,
+        choices=MODES,
         default="exact",
         help="how transformers runs it: exact, logits bit-identical; fused, faster on a GPU, weights bit-identical",
+    )
+    compress.add_argument(
+        "--granularity", choices=GRANULARITIES, default="layer", help="what transformers decompresses at a time in mode exact"
     )
     compress.add_argument("--released", action="store_true", help="write the layout of the released package dfloat11 instead")
     compress.set_defaults(run=_compress)
@@ -114,27 +118,38 @@ def _size(directory: Path) -> int:
 
 def _compress(options: argparse.Namespace) -> None:
     if options.released:
-        if options.include or options.exclude or options.remote_code or options.mode != "exact":
-            raise checkpoint.CheckpointError(
-                "--include, --exclude, --remote-code and --mode do not go with --released:"
-                " that layout has whole blocks and no quantizer"
-            )
-        with _progress("compressing", _size(options.source)) as progress:
-            released_checkpoint.write(options.source, options.target, options.threads, progress)
-        print(f"{options.target}: {_size(options.target) / 1e9:.4g} GB of {_size(options.source) / 1e9:.4g}")
+        _compress_released(options)
         return
-    loadable = None
-    if (options.source / "config.json").exists():
+    auto_classes = None
+    if options.remote_code:
         require_models_extra("transformers")
         from df11 import hf
 
-        loadable = hf.parameter_names
-    patterns = (tuple(options.include), tuple(options.exclude))
+        auto_classes = hf.auto_classes
+    patterns, how = (tuple(options.include), tuple(options.exclude)), (options.mode, options.granularity)
     with _progress("compressing", _size(options.source)) as progress:
-        checkpoint.compress(
-            options.source, options.target, *patterns, options.threads, loadable, progress, options.remote_code, options.mode
-        )
+        checkpoint.compress(options.source, options.target, *patterns, options.threads, progress, auto_classes, *how)
     _info(argparse.Namespace(directory=options.target, all=False, entropy=False))
+    if short := checkpoint.shortfall(checkpoint.summary(options.target)):
+        print(f"df11 compress: warning: {short}", file=sys.stderr)
+
+
+def _compress_released(options: argparse.Namespace) -> None:
+    if options.include or options.exclude or options.remote_code or (options.mode, options.granularity) != ("exact", "layer"):
+        raise checkpoint.CheckpointError(
+            "--include, --exclude, --remote-code, --mode and --granularity do not go with --released:"
+            " that layout has whole blocks and no quantizer"
+        )
+    require_models_extra("transformers")
+    from df11 import hf
+
+    with _progress("compressing", _size(options.source)) as progress:
+        released_checkpoint.write(options.source, options.target, options.threads, progress, hf.parameter_names)
+    print(f"{options.target}: {_size(options.target) / 1e9:.4g} GB of {_size(options.source) / 1e9:.4g}")
+    print(
+        "the released package loads it (dfloat11.DFloat11Model.from_pretrained); after `import df11`, so does transformers with"
+        " quantization_config=df11.hf.DF11Config()"
+    )
 
 
 def _info(options: argparse.Namespace) -> None:

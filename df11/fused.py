@@ -19,7 +19,7 @@ from torch import nn
 from df11.formats.tiled import ROWS
 from df11.modules import replacement
 from df11.runtime import attach
-from df11.sources.model import is_matrix, is_selected
+from df11.sources.model import check_patterns, is_matrix, is_selected
 from df11.tensors import Merged, TiledTensor, Tiles, dense
 from df11.tiled_ops import TiledWeight
 
@@ -34,10 +34,12 @@ def fuse_(model: nn.Module, merge: bool = True, include: tuple[str, ...] = (), e
     merge: store q, k and v, and gate and up, one below the other where a module has all of them, so that one product computes them.
     include, exclude: shell patterns of names. What has more dimensions or would not get smaller stays as it is: what of it is
     compressed in the published layout runs as `attach(model)` has it. Tied parameters stay one parameter. Where memory runs out the
-    model still runs: each parameter is as it was or turned. Raises ValueError after `offload_`.
+    model still runs: each parameter is as it was or turned. Raises ValueError after `offload_`, and where a pattern matches no
+    parameter.
     """
     if any(module.__dict__.get("_df11_pool") for module in model.modules()):
         raise ValueError("blocks are in host memory already: fuse_ the model first, then offload_ blocks")
+    check_patterns((name for name, _ in model.named_parameters(remove_duplicate=False)), include, exclude)
     chosen = {
         id(parameter): f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

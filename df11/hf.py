@@ -13,38 +13,34 @@ import torch
 import transformers
 import xxhash
 from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.models.auto import modeling_auto
 from transformers.quantizers import auto as quantizers
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from df11 import released_checkpoint
-from df11.checkpoint import MODES, QUANT_METHOD, REMOTE, VERSION, CheckpointError
-from df11.formats.dfloat11 import ARRAYS, PARTS
+from df11 import hf_io, released_checkpoint
+from df11.checkpoint import GUARD, QUANT_METHOD, REMOTE, VERSION, CheckpointError
+from df11.formats.dfloat11 import PARTS
 from df11.fused import fuse_, is_fused
-from df11.modules import compress_, compress_own_, decompress_, is_compressed
-from df11.ops import CompressedUnit, encode_each
-from df11.runtime import GRANULARITIES, attach, detach
+from df11.modules import compress_own_, decompress_, inside, is_compressed
+from df11.runtime import GRANULARITIES, MODES, attach, detach
 from df11.sources.files import SafetensorsSource
-from df11.sources.model import SourceError, TensorInfo
-from df11.tensors import CompressedTensor, Units, is_stack
-
-_SPELLING = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+from df11.sources.model import SPELLING, SourceError, TensorInfo, check_patterns, is_matrix, is_selected
+from df11.tensors import CompressedTensor, Units, dense
 
 
 def tensor_shapes(geometry: Mapping[str, Any]) -> list[TensorInfo]:
     """Tensors of the geometry's bf16 model, nothing allocated: a tied one once, under the name that save_pretrained keeps."""
     with torch.device("meta"):
         model = _build(geometry)
-    return [TensorInfo(name, tuple(p.shape), _SPELLING[p.dtype]) for name, p in model.named_parameters()]
+    return [TensorInfo(name, tuple(p.shape), SPELLING[p.dtype]) for name, p in model.named_parameters()]
 
 
 def cache_bytes(geometry: Mapping[str, Any], tokens: int) -> int:
     """Bytes of the bf16 keys and values of one sequence of so many tokens; a sliding window keeps its own tokens only."""
-    config = transformers.AutoConfig.for_model(**geometry)
+    config = transformers.AutoConfig.for_model(**geometry).get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     kept = sum(min(tokens, config.sliding_window) if kind == "sliding_attention" else tokens for kind in kinds)
@@ -76,25 +72,56 @@ def _build(geometry: Mapping[str, Any]) -> transformers.PreTrainedModel:
     return model
 
 
-def parameter_names(directory: Path) -> set[str]:
-    """Names that a checkpoint's model has as parameters. The checkpoint may hold others, which transformers merges on loading."""
-    return set(parameter_shapes(directory))
-
-
 def parameter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters of the model that config.json describes, tied ones under each of their names."""
+    return {name: tuple(p.shape) for name, p in _without_weights(directory).named_parameters(remove_duplicate=False)}
+
+
+def parameter_names(directory: Path) -> list[set[str]]:
+    """The names of each parameter of the model that config.json describes: more than one of tied ones."""
+    found: dict[int, set[str]] = {}
+    model = _without_weights(directory)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), set()).add(name)
+    return list(found.values())
+
+
+def _without_weights(directory: Path) -> transformers.PreTrainedModel:
+    with torch.device("meta"):
+        model: transformers.PreTrainedModel = model_class(directory)._from_config(_config(directory), dtype=torch.bfloat16)
+    return model
+
+
+def _config(directory: Path) -> Any:
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-        (architecture,) = config.architectures
-        with torch.device("meta"):
-            model = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
+        return transformers.AutoConfig.from_pretrained(directory)
     except Exception as unknown:  # whatever transformers makes of a config
         reason = (str(unknown).strip() or type(unknown).__name__).splitlines()[0]
         raise SourceError(
-            f"{directory / 'config.json'} is of no model that transformers {transformers.__version__} knows ({reason}):"
-            " update it, or take config.json away to compress every matrix by its shape"
+            f"{directory / 'config.json'} is of no model that transformers {transformers.__version__} knows ({reason}): update it"
         ) from unknown
-    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def model_class(directory: Path) -> Any:
+    """transformers' class of the model that config.json describes: what it names as its architecture. Raises SourceError."""
+    names = _config(directory).architectures or []
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    named = f"names {', '.join(names)}, which transformers {transformers.__version__} does not have" if names else "names none"
+    raise SourceError(f"{directory / 'config.json'}: its architectures {named}: update transformers, or add the class's name")
+
+
+def auto_classes(directory: Path) -> dict[str, str]:
+    """The Auto classes of transformers that know the model of config.json, each with the class that it makes."""
+    config, found = _config(directory), {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and type(config) in mapping:
+            made = mapping[type(config)]
+            each = [one.__name__ for one in (made if isinstance(made, tuple | list) else [made])]
+            found[name] = next((one for one in each if one in (config.architectures or [])), each[0])
+    return found
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -106,8 +133,7 @@ class DF11Config(QuantizationConfigMixin):
     include, exclude: shell patterns of parameter names. mode: `exact` (the default), logits bit-identical to the original's;
     `fused`, matrices are transcoded to the tiled layout, for products that do not decompress (df11/fused.py). granularity: what
     is decompressed at a time in exact mode, `layer` (the default) or `block`. Both, where given, count more than what a
-    compressed checkpoint says. own_names: written by save_pretrained, which keeps the model's names: transformers has nothing to
-    rename or merge.
+    compressed checkpoint says.
     """
 
     def __init__(
@@ -117,7 +143,6 @@ class DF11Config(QuantizationConfigMixin):
         granularity: str | None = None,
         mode: str | None = None,
         version: int = VERSION,
-        own_names: bool = False,
         **kwargs: Any,
     ) -> None:
         if version != VERSION:
@@ -130,7 +155,7 @@ class DF11Config(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.include, self.exclude = ((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude))
         self.granularity, self.mode = granularity or "layer", mode or "exact"
-        self.version, self.own_names = version, own_names
+        self.version = version
         self._given = {name: value for name, value in (("granularity", granularity), ("mode", mode)) if value is not None}
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -150,7 +175,8 @@ class DF11Quantizer(HfQuantizer):
 
     quantization_config: DF11Config
     _released: _Released | None = None
-    _sizes: Mapping[str, int] = {}  # bytes of each compressed tensor of the checkpoint, by its name there
+    shapes: Mapping[str, tuple[int, ...]] = {}  # of the compressed tensors of a checkpoint, by their names there
+    _ratio = 0.75  # of stored bytes to a matrix's own, for whoever shares out memory; a checkpoint's is in its files
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("dtype") not in (None, "auto", torch.bfloat16):
@@ -184,42 +210,41 @@ class DF11Quantizer(HfQuantizer):
             self._released = _Released(model, checkpoint_files)
             return
         if not self.pre_quantized:
+            names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+            check_patterns(names, self.quantization_config.include, self.quantization_config.exclude)
             return
         if not checkpoint_files:
             raise ValueError("a compressed model is loaded from safetensors files: none were given")
-        sizes: dict[str, int] = {}
-        for file in checkpoint_files:
-            sizes |= {info.name: info.nbytes for info in SafetensorsSource(Path(file)).tensors()}
-        names = [name.removesuffix("_luts") for name in sizes if name.endswith("_luts")]
-        self._sizes = {name: sum(sizes.get(f"{name}_{part}", 0) for part in PARTS) + sizes[name] for name in names}
+        self.shapes = hf_io.stored_shapes(checkpoint_files)
+        if weights := sum(math.prod(shape) for shape in self.shapes.values()):
+            keys = {key for name in self.shapes for key in (name, *(f"{name}_{part}" for part in PARTS))}
+            infos = [info for file in checkpoint_files for info in SafetensorsSource(Path(file)).tensors()]
+            self._ratio = sum(info.nbytes for info in infos if info.name in keys) / (2 * weights)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
-        """The model's own, then what makes a tensor of stored arrays. (transformers 5.17 names no model.)"""
-        if not self._sizes:
-            return weight_conversions
-        if self.quantization_config.own_names:  # some renamings would change what they have made
-            weight_conversions = []
-        names = "|".join(map(re.escape, self._sizes))
-        sources = [rf"^({names})$", *(rf"^({names})_{part}$" for part in PARTS)]
-        return [*weight_conversions, WeightConverter(sources, r"\1", [_Assemble()])]
+    def param_needs_quantization(self, model: transformers.PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Of a checkpoint that is not compressed: whether a parameter is to be, as soon as it is there."""
+        parameter = model.get_parameter_or_buffer(param_name)
+        chosen = is_selected(param_name, self.quantization_config.include, self.quantization_config.exclude)
+        return isinstance(parameter, nn.Parameter) and is_matrix(parameter.dtype, parameter.shape) and chosen
+
+    def get_quantize_ops(self) -> hf_io.Compress:
+        return hf_io.Compress(self.quantization_config.include, self.quantization_config.exclude)
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         """Bytes a weight, for whoever shares out memory before anything is loaded."""
-        if param_name in self._sizes and param.numel():
-            return self._sizes[param_name] / param.numel()
-        return param.element_size()
+        return param.element_size() * (self._ratio if is_matrix(param.dtype, param.shape) else 1)
 
     def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **kwargs: Any) -> None:
         if self._released:
             self._released.fill(self.quantization_config)
-        if not self.pre_quantized:
-            compress_(model, self.quantization_config.include, self.quantization_config.exclude)
-        # Saved under the names that the model has: what transformers merged or renamed on loading cannot be undone on streams.
-        self._keep_names(model)
-        # Nor is the file that remote code names saved with the model.
-        code = str((getattr(model.config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
-        if code.rpartition("--")[2].startswith(f"{REMOTE}."):
+        for tensor in inside(model):
+            if isinstance(stored := tensor._stored, Units):
+                stored.by_matrix()
+        # The file that remote code names is not saved with the model.
+        codes = (getattr(model.config, "auto_map", None) or {}).values()
+        if any(str(code).rpartition("--")[2].startswith(f"{REMOTE}.") for code in codes):
             del model.config.auto_map
+        model.config.transformers_weights = GUARD
         model.requires_grad_(False)
         # Models and Trainer take other branches where weights are rounded, some of them with other results. These are not.
         model.__dict__["is_quantized"] = False
@@ -231,31 +256,10 @@ class DF11Quantizer(HfQuantizer):
         elif self.quantization_config.granularity != "layer":
             attach(model, self.quantization_config.granularity)
 
-    def _keep_names(self, model: nn.Module) -> None:
-        model.__dict__["_weight_conversions"] = []
-        self.quantization_config.own_names = True
-
-    def get_state_dict_and_metadata(self, model: transformers.PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What save_pretrained writes: the stored arrays of compressed weights, tied ones once."""
-        found: dict[str, torch.Tensor] = {}
-        tied, ignored = model.all_tied_weights_keys, model._keys_to_ignore_on_save or ()
-        state = model.state_dict()
-        places = set((getattr(model, "hf_device_map", None) or {}).values())
-        for name, tensor in state.items():
-            if name in ignored:
-                continue
-            if tensor.is_meta and places & {"cpu", "disk"}:
-                tensor = load_offloaded_parameter(model, name)
-            if not isinstance(tensor, CompressedTensor):
-                found[name] = tensor
-            elif name not in tied or not _is_same(tensor, state.get(tied[name])):
-                found |= _arrays(name, tensor)
-        return found, {}
-
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         detach(model)
         decompress_(model)
-        model.__dict__.pop("_weight_conversions", None)  # now they can be undone on saving
+        del model.config.transformers_weights
         return model.requires_grad_(True)
 
     @property
@@ -271,56 +275,6 @@ class DF11Quantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """With adapters; the compressed weights are frozen."""
         return True
-
-
-class _Assemble(ConversionOps):  # type: ignore[misc]
-    """Stored arrays, in the order of ARRAYS, become a compressed tensor of the shape that the model has."""
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        full_layer_name, model = kwargs["full_layer_name"], kwargs["model"]
-        missing = [name for name, pattern in zip(ARRAYS, source_patterns, strict=True) if pattern not in input_dict]
-        if missing:
-            raise ValueError(f"{full_layer_name} lacks its {', '.join(missing)}: download the checkpoint again")
-        arrays = {name: input_dict[pattern][0] for name, pattern in zip(ARRAYS, source_patterns, strict=True)}
-        shape = tuple(model.get_parameter(full_layer_name).shape)
-        return {full_layer_name: nn.Parameter(CompressedTensor.make(_stored(arrays, shape), shape), requires_grad=False)}
-
-
-def _stored(arrays: dict[str, torch.Tensor], shape: tuple[int, ...]) -> Units:
-    """Of the arrays of one unit; a stack of experts, which is one in a file, becomes a unit each."""
-    arrays = arrays | {"output_positions": arrays["output_positions"].view(torch.int32)}
-    if arrays["sign_mantissa"].numel() != math.prod(shape):
-        raise ValueError(
-            f"{arrays['sign_mantissa'].numel()} weights are stored, the model has {list(shape)}: is config.json its own?"
-        )
-    stored = Units(arrays, (arrays["encoded_exponent"].numel(),), shape)
-    if not is_stack(shape):
-        return stored
-    weights, _ = stored.decode(0, stored.numel, stored.device)
-    return Units.encode(weights, shape)
-
-
-def _arrays(name: str, tensor: CompressedTensor) -> dict[str, torch.Tensor]:
-    """A compressed weight as a checkpoint has it: one unit of its elements, row after row."""
-    units = tensor.units()
-    if len(units) > 1 or not tensor.is_contiguous():
-        units = encode_each([tensor.decompress().contiguous().view(-1)])
-    unit: CompressedUnit = units[0]
-    if unit.raw is not None:
-        return {name: unit.raw.view(tensor.shape)}
-    parts = {f"{name}_{part}": getattr(unit, part) for part in PARTS}
-    positions = f"{name}_output_positions"
-    return {name: unit.encoded_exponent} | parts | {positions: parts[positions].view(torch.uint32)}
-
-
-def _is_same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
-    return tensor is other or (isinstance(tensor, CompressedTensor) and other is not None and tensor.data_ptr() == other.data_ptr())
 
 
 _plain_footprint = transformers.PreTrainedModel.get_memory_footprint
@@ -339,12 +293,15 @@ _plain_save = transformers.PreTrainedModel.save_pretrained
 
 @functools.wraps(_plain_save)
 def _save(self: transformers.PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    """What `compress_` compressed has no quantizer yet that knows how to write it."""
+    """What `compress_` compressed has no quantizer yet, and a config that does not say so."""
     if getattr(self, "hf_quantizer", None) is None and is_compressed(self):
-        quantizer = DF11Quantizer(DF11Config())
-        quantizer._keep_names(self)
-        self.__dict__["hf_quantizer"], self.config.quantization_config = quantizer, quantizer.quantization_config
-    _plain_save(self, *args, **kwargs)
+        quantizer = self.__dict__["hf_quantizer"] = DF11Quantizer(DF11Config())
+        self.config.quantization_config, self.config.transformers_weights = quantizer.quantization_config, GUARD
+    if not isinstance(getattr(self, "hf_quantizer", None), DF11Quantizer):
+        _plain_save(self, *args, **kwargs)
+        return
+    with hf_io.saving(self):
+        _plain_save(self, *args, **kwargs)
 
 
 transformers.PreTrainedModel.save_pretrained = _save  # type: ignore[method-assign]
@@ -376,10 +333,14 @@ class _Released:
         arrays = rf"\.({'|'.join(released_checkpoint.ARRAYS)})$"
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), arrays}
         self.tied: dict[str, str] = {}
+        self.both: dict[str, str] = {}  # tied by the model's rule, and both in the file: by what it holds
         for target, source in list(model.all_tied_weights_keys.items()):
             if held & {target, source}:
                 del model.all_tied_weights_keys[target]
-                self.tied |= {target: source} if source in held else {source: target}
+                if held >= {target, source}:
+                    self.both[target] = source
+                else:
+                    self.tied |= {target: source} if source in held else {source: target}
         for name in held | self.tied.keys():
             module, leaf = get_module_from_name(model, name)
             del module._parameters[leaf]
@@ -397,6 +358,11 @@ class _Released:
                     delattr(module, leaf)
                     module.register_parameter(leaf, nn.Parameter(weights.to(device), requires_grad=False))
                     compress_own_(module, name.rpartition(".")[0], config.include, config.exclude)
+        for target, source in self.both.items():
+            one, other = (dense(self.model.get_parameter(name)) for name in (target, source))
+            if torch.equal(one.view(torch.int16), other.view(torch.int16)):
+                self.tied[target] = source
+                self.model.all_tied_weights_keys[target] = source
         for target, source in self.tied.items():
             (module, leaf), (holder, name) = (get_module_from_name(self.model, one) for one in (target, source))
             delattr(module, leaf)
@@ -437,7 +403,7 @@ def load(directory: Path, device: str, mode: str = "exact") -> transformers.PreT
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
     options = {"quantization_config": DF11Config()} if released_checkpoint.is_released(directory) else {}
-    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+    model: transformers.PreTrainedModel = model_class(directory).from_pretrained(
         directory, dtype=torch.bfloat16, device_map=device, **options
     )
     if mode == "fused" and not is_fused(model):

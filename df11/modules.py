@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from df11 import memory
-from df11.sources.model import is_matrix, is_selected
+from df11 import memory, ops
+from df11.sources.model import check_patterns, is_matrix, is_selected
 from df11.tensors import CompressedTensor, Stored, Units, attached, in_memory_order
 
 
@@ -28,9 +28,10 @@ def compress_(model: nn.Module, include: tuple[str, ...] = (), exclude: tuple[st
     """Compress a model's bf16 matrices in place, where they are, each as a unit of its own. Returns their names.
 
     include, exclude: shell patterns of names. Weights that have no code (Inf, NaN, 2^113 and more) stay as they are. Tied
-    parameters stay one parameter. Raises ValueError where a matrix is on the meta device, as what accelerate offloads is; the model
-    is then as it was.
+    parameters stay one parameter. Raises ValueError where a pattern matches no parameter, or a matrix is on the meta device, as
+    what accelerate offloads is; the model is then as it was.
     """
+    check_patterns((name for name, _ in model.named_parameters(remove_duplicate=False)), include, exclude)
     for prefix, module in model.named_modules():
         _chosen(module, prefix, include, exclude)
     done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # a parameter, kept so that its id stays its own, and what it becomes
@@ -52,11 +53,23 @@ def compress_own_(module: nn.Module, prefix: str = "", include: tuple[str, ...] 
     """Compress a module's own bf16 matrices as `compress_` does, not its children's."""
     names = []
     for name, full, parameter in _chosen(module, prefix, include, exclude):
-        tensor = CompressedTensor(parameter)
-        if tensor.is_compressed:
+        tensor = compressed(parameter)
+        if tensor is not parameter:
             module._parameters[name] = replacement(parameter, tensor)
             names.append(full)
     return names
+
+
+def compressed(tensor: torch.Tensor) -> torch.Tensor:
+    """A bf16 matrix compressed where it is; as it was, where it is none or has a weight without a code."""
+    if not is_matrix(tensor.dtype, tensor.shape) or tensor.is_meta:
+        return tensor
+    if isinstance(tensor, CompressedTensor):
+        if tensor._alone() is not None:
+            return tensor
+        tensor = tensor.decompress()  # a part of another
+    made = CompressedTensor(tensor)
+    return made if made.is_compressed else tensor
 
 
 def decompress_(model: nn.Module) -> list[str]:
@@ -77,6 +90,15 @@ def replacement(parameter: torch.Tensor, tensor: torch.Tensor) -> nn.Parameter:
     made = nn.Parameter(tensor, requires_grad=False)
     made.__dict__.update(attached(parameter))
     return made
+
+
+def decompressed(tensors: Sequence[CompressedTensor]) -> list[torch.Tensor]:
+    """Whole compressed tensors of one device, decompressed by one launch."""
+    weights = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.bfloat16, device=tensors[0].device)
+    units = [unit for tensor in tensors for unit in tensor.units()]
+    ops.decompress(units, weights.split([unit.numel for unit in units]))
+    each = zip(weights.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+    return [part.as_strided(tensor.size(), tensor.stride(), part.storage_offset()) for part, tensor in each]
 
 
 def _chosen(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,19 @@ def restore(directory: Path, target: Path, shapes: Shapes, progress: Progress = 
     partial.rename(target)
 
 
-def write(source: Path, target: Path, threads: int = 0, progress: Progress = lambda name, size: None) -> None:
+def write(
+    source: Path,
+    target: Path,
+    threads: int = 0,
+    progress: Progress = lambda name, size: None,
+    parameters: Callable[[Path], Sequence[set[str]]] = lambda source: (),
+) -> None:
     """Compress a bf16 checkpoint to the released layout, one file a unit. Raises UnsupportedBits where a unit has Inf, NaN or
-    2^113: the layout has no code for them."""
+    2^113: the layout has no code for them.
+
+    parameters: gives the names of each of the model's parameters. The layout is read by them, nothing is renamed or merged:
+    CheckpointError where the files have other names.
+    """
     if target.exists():
         raise CheckpointError(f"{target} exists already: remove it or choose another directory")
     config = config_to_compress(source)
@@ -167,6 +177,8 @@ def write(source: Path, target: Path, threads: int = 0, progress: Progress = lam
     # The released loader takes the `weight` of linear layers and embeddings only.
     parts, rest = split_units(reader.tensors(), wanted=lambda t: len(t.shape) == 2 and t.name.endswith(".weight"))
     loose = {info.name: info for info in rest}
+    compressed = {tensor.name for unit in parts for tensor in unit.tensors}
+    _check_names(source, {info.name for info in reader.tensors()}, compressed, parameters(source))
     codec = DFloat11(threads=threads, strict=True)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -190,6 +202,20 @@ def write(source: Path, target: Path, threads: int = 0, progress: Progress = lam
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _copy_others(source, partial)
     partial.rename(target)
+
+
+def _check_names(source: Path, there: set[str], compressed: set[str], parameters: Sequence[set[str]]) -> None:
+    if not parameters:
+        return
+    unknown = sorted(compressed - set().union(*parameters))
+    missing = sorted(min(names) for names in parameters if not names & there)
+    if unknown or missing:
+        what = f"holds {unknown[0]}, which" if unknown else f"has no {missing[0]}, which"
+        does = "is no parameter of its model" if unknown else "its model needs"
+        raise CheckpointError(
+            f"{source} {what} {does}: transformers renames or merges its weights on loading, the released layout is read without"
+            " that and could not be loaded again; compress without --released"
+        )
 
 
 def _pattern(unit: Unit) -> tuple[str, list[str]]:

@@ -21,7 +21,8 @@ from df11.ops import CompressedUnit
 from df11.tensors import CompressedTensor, Held, Stored, Tiles, Units
 from df11.tiled_ops import TiledWeight
 
-GRANULARITIES = ("layer", "block")
+MODES = ("exact", "fused")  # how a model runs: as here, or by df11/fused.py
+GRANULARITIES = ("layer", "block")  # what is decompressed at a time in exact mode
 KERNELS = ("fast", "paper", "released")
 
 

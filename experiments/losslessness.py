@@ -61,6 +61,8 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
         expected = outputs(model, cfg) if any(key("bits", mode) not in done for mode in modes) else {}
         answered = {task: evaluation.evaluate(model, tokenizer, spec, cfg.eval.batch_size) for task, spec in asked.items()}
         model = compress(model)
+        if not modules.is_compressed(model):
+            raise ValueError(f"nothing of {cfg.model.name} is compressed: equal outputs would prove nothing; `df11 info` says why")
         for mode in modes:  # exact first: fuse_ turns the same model
             if mode == "fused":
                 fused.fuse_(model)
@@ -123,7 +125,7 @@ def load(
 
     def by_checkpoint(model: torch.nn.Module) -> torch.nn.Module:
         del model
-        checkpoint.compress(source.directory, scratch / "compressed", loadable=hf.parameter_names)
+        checkpoint.compress(source.directory, scratch / "compressed")
         checkpoint.verify(scratch / "compressed", source.directory)
         return hf.load(scratch / "compressed", device)
 
@@ -152,12 +154,17 @@ def weight_rows(model: torch.nn.Module, bits: dict[str, torch.Tensor]) -> Iterat
 @torch.inference_mode()
 @sdpa_kernel(ATTENTION)
 def outputs(model: torch.nn.Module, cfg: Config) -> Results:
-    """Logits (bf16) and ids (int64) of all phases, on the CPU. The same settings for whatever model."""
+    """Logits (bf16) and ids (int64) of all phases that the class has, on the CPU. Models of images are given text alone, decoders
+    behind an encoder the same text."""
     results: Results = {}
+    config = model.config.get_text_config()
     for batch_size, length in PROMPTS.items():
         generator = torch.Generator().manual_seed(cfg.seed)
-        ids = torch.randint(5, model.config.vocab_size, (batch_size, length), generator=generator).to(cfg.device.name)
-        results["eager", "prefill", batch_size] = model(ids).logits.cpu()
+        ids = torch.randint(5, config.vocab_size, (batch_size, length), generator=generator).to(cfg.device.name)
+        behind = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+        results["eager", "prefill", batch_size] = model(ids, **behind).logits.cpu()
+        if not model.can_generate():
+            continue
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
         settings |= {"pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
         greedy = model.generate(ids, do_sample=False, **settings)
@@ -165,7 +172,7 @@ def outputs(model: torch.nn.Module, cfg: Config) -> Results:
         results["eager", "decode", batch_size] = torch.stack(greedy.logits).to(torch.bfloat16).cpu()
         torch.manual_seed(cfg.seed)
         results["eager", "sampled", batch_size] = model.generate(ids, do_sample=True, **settings).sequences.cpu()
-        if cfg.device.name == "cuda":
+        if cfg.device.name == "cuda" and not behind:
             results["graph", "prefill", batch_size] = graphed(lambda ids=ids: model(ids, use_cache=False).logits)  # type: ignore[misc]
             decoder = Decoder(model, batch_size, length + NEW_TOKENS, "graph")
             decoder.prefill(ids)

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from df11 import checkpoint, hf, modules, released, runtime
+from df11 import hf, modules, released, runtime
 from experiments import budget
 from experiments.config import Config
 from experiments.decoding import GRANULARITIES, LAUNCHES, Decoder, compressed_groups, decompression
@@ -68,7 +68,7 @@ def plan(cfg: Config) -> list[Setting]:
         ("launches", bench.launches, LAUNCHES),
         ("granularities", bench.granularities, GRANULARITIES),
         ("kernels", bench.kernels, runtime.KERNELS),
-        ("modes", bench.modes, checkpoint.MODES),
+        ("modes", bench.modes, runtime.MODES),
     ):
         if not set(names) <= set(known):
             raise ValueError(f"bench.{what}={names}: choose from {', '.join(known)}")

@@ -447,7 +447,7 @@ def in_flight(cls: Any, directory: Path, tmp_path: Path) -> Iterator[transformer
 
 
 def from_checkpoint(cls: Any, directory: Path, tmp_path: Path) -> Iterator[transformers.PreTrainedModel]:
-    checkpoint.compress(directory, tmp_path / "compressed", loadable=hf.parameter_names)
+    checkpoint.compress(directory, tmp_path / "compressed")
     yield cls.from_pretrained(tmp_path / "compressed")
 
 
@@ -549,7 +549,7 @@ def pair(llama: Path, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[A
         model = load(llama)
         modules.compress_(model)
     else:
-        checkpoint.compress(llama, tmp_path / "compressed", loadable=hf.parameter_names)
+        checkpoint.compress(llama, tmp_path / "compressed")
         model = load(tmp_path / "compressed")
     assert modules.is_compressed(model)
     return load(llama), model
@@ -714,7 +714,7 @@ def test_dequantize(name: str, tmp_path: Path) -> None:
         make(tmp_path / "original", "LlamaForCausalLM", "llama", tie_word_embeddings=name == "tied")
     original, model = load(tmp_path / "original"), load_compressed(tmp_path / "original")
     if name == "from a checkpoint":
-        checkpoint.compress(tmp_path / "original", tmp_path / "compressed", loadable=hf.parameter_names)
+        checkpoint.compress(tmp_path / "original", tmp_path / "compressed")
         model = load(tmp_path / "compressed")
     assert modules.is_compressed(model)
     model.dequantize()

@@ -61,7 +61,7 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_architectures(tmp_path: Path, name: str) -> None:
     directory = build(tmp_path / "original", name)
     original = hf.load(directory, "cpu")
-    checkpoint.compress(directory, tmp_path / "compressed", loadable=hf.parameter_names)
+    checkpoint.compress(directory, tmp_path / "compressed")
     model = hf.load(tmp_path / "compressed", "cpu", mode="fused")
     expected = dict(original.named_parameters(remove_duplicate=False))
     assert tiled(model) == {name for name, p in expected.items() if p.dim() == 2}
@@ -141,7 +141,7 @@ def test_what_save_pretrained_writes(tmp_path: Path) -> None:
 def test_how_a_checkpoint_runs_is_chosen_where_it_is_loaded(tmp_path: Path) -> None:
     directory = build(tmp_path / "original")
     for mode in ("exact", "fused"):
-        checkpoint.compress(directory, tmp_path / mode, loadable=hf.parameter_names, mode=mode)
+        checkpoint.compress(directory, tmp_path / mode, mode=mode)
         assert is_fused(AutoModelForCausalLM.from_pretrained(tmp_path / mode)) == (mode == "fused")
         for asked in ("exact", "fused"):
             config = hf.DF11Config(mode=asked)
@@ -609,7 +609,7 @@ def test_a_layer_in_two_places_is_one_afterwards_too() -> None:
 @torch.inference_mode()
 def test_a_model_that_ran_in_mode_exact(tmp_path: Path) -> None:
     directory = build(tmp_path / "original")
-    checkpoint.compress(directory, tmp_path / "compressed", loadable=hf.parameter_names)
+    checkpoint.compress(directory, tmp_path / "compressed")
     model = hf.load(tmp_path / "compressed", "cpu")
     expected = model(IDS).logits.float()
     for granularity in GRANULARITIES:

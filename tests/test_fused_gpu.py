@@ -31,7 +31,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         GEOMETRY, 0, "cuda", lambda module: [nn.init.normal_(p, 0, 0.1) for p in module.parameters(False) if p.dim() == 1]
     )
     model.save_pretrained(made / "original")
-    checkpoint.compress(made / "original", made / "compressed", loadable=hf.parameter_names)
+    checkpoint.compress(made / "original", made / "compressed")
     return made
 
 

@@ -26,7 +26,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "vocab_size": 3000, "head_dim": 64}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     hf.build_random({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **heads}, 0, directory / "original")
-    checkpoint.compress(directory / "original", directory / "compressed", loadable=hf.parameter_names)
+    checkpoint.compress(directory / "original", directory / "compressed")
     return directory / "original", directory / "compressed"
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of the released package: read as its encoder makes them, written as it reads them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,7 @@ def test_the_command_line(original: Path, tmp_path: Path, capsys: pytest.Capture
     weights = everything(original)
     weights["lm_head.weight"][3, 5] = float("nan")
     (tmp_path / "nan").mkdir()
+    shutil.copy(original / "config.json", tmp_path / "nan")
     save_file(weights, tmp_path / "nan" / "model.safetensors")
     assert cli.main(["compress", str(tmp_path / "nan"), str(tmp_path / "x"), "--released"]) == 1
     assert "1 weights have an exponent of 240 or more" in capsys.readouterr().err and not (tmp_path / "x").exists()

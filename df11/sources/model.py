@@ -16,6 +16,10 @@ SOURCES = ("path", "package", "synthetic", "random")
 DISTRIBUTIONS = ("normal", "smollm2")
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1, "BOOL": 1, "I16": 2, "I32": 4, "I64": 8, "U16": 2}
 BYTES |= {"U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
+SPELLING = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8"}
+SPELLING |= {torch.uint8: "U8", torch.bool: "BOOL", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
+SPELLING |= {torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64"}
+SPELLING |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0"}
 
 
 class SourceError(Exception):
@@ -107,6 +111,17 @@ def is_selected(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -
     """Whether shell patterns choose a name: it matches one of `include`, where there are any, and none of `exclude`."""
     wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def check_patterns(names: Iterable[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> None:
+    """Raises ValueError where a pattern matches none of the names: more or less would be compressed than was meant."""
+    known = list(names)
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in known):
+            # What holds the pattern's letters is what was meant, as a rule: `q_proj` for `*.q_proj.weight`.
+            meant = [name for name in known if pattern.strip("*.") in name] or known
+            example = f"; there is for example {meant[0]}" if meant else ""
+            raise ValueError(f"the pattern {pattern!r} matches no name: patterns are of whole names, as '*.q_proj.weight'{example}")
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,11 @@ class Units(Stored):
             return cls({"raw": weights}, (), shape)
         return cls.of(ops.encode_each(weights.chunk(shape[0] if is_stack(shape) else 1)), shape)
 
+    def by_matrix(self) -> None:
+        """Make a unit each of the matrices of a stack that is one unit, as files have them: one expert is then decoded alone."""
+        if is_stack(self.shape) and len(self.numbers) == 1:
+            self.write(self.decode(0, self.numel, self.device)[0])
+
     def kept(self) -> dict[str, torch.Tensor]:
         return {name: array for name, array in self.arrays.items() if name != "table"}
 

@@ -35,11 +35,13 @@ def test_every_model_fills_the_specification(name: str) -> None:
     assert (spec.source == "synthetic") == name.endswith("_synthetic")
     if spec.geometry:
         units, _ = split_units(hf.tensor_shapes(spec.geometry), spec.sample_blocks)
-        assert sum(u.repeats for u in units if u.kind == "block") == spec.geometry["num_hidden_layers"]
+        parts = [spec.geometry, *(part for part in spec.geometry.values() if isinstance(part, dict))]
+        layers = sum(part.get("num_hidden_layers", 0) for part in parts)
+        assert sum(u.repeats for u in units if u.kind == "block") == layers
 
 
-def test_seventeen_published_models_with_their_synthetic_ones() -> None:
-    assert len(PUBLISHED) == 17 and len(NAMES) == 2 * 17 + 3
+def test_published_models_with_their_synthetic_ones() -> None:
+    assert len(PUBLISHED) == 19 and len(NAMES) == 2 * 19 + 4
     for name in PUBLISHED:
         real, synthetic = load(name), load(f"{name}_synthetic")
         assert real.path.count("/") == 1 and real.title and synthetic.sample_blocks == 1
