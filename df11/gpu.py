@@ -47,6 +47,7 @@ NAMES = ("luts", *(name for name in ARRAYS if name != "luts"), "out", "table")  
 UNIT = "PPPPPPqqi"  # df11::Unit in struct's letters
 PART = struct.Struct(f"{UNIT}4xPii")  # Part of decode_fast.cu
 MAX_PARTS = 40  # of a launch
+STREAM_ALIGNMENT = 16  # bytes; where a unit's stream may begin
 ENCODE_TILE = 4096  # weights a thread block of kernels/encode.cu
 ENCODE_THREADS = 256
 
@@ -323,34 +324,20 @@ def build_table(luts: torch.Tensor) -> torch.Tensor:
     return table
 
 
-def histogram(weights: torch.Tensor) -> np.ndarray:
-    """How often each exponent occurs in a contiguous bf16 CUDA tensor, int64[256]. One host synchronisation."""
-    return _split(weights)[0]
+def encode(weights: torch.Tensor, code: Code | None = None, parts: int = 1) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Compress a contiguous bf16 CUDA tensor as one unit, byte for byte as `DFloat11.encode` does; or as several of as many weights
+    each, all with one code. `code`: not the optimal one.
 
-
-def _split(weights: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-    """The histogram, and the weights' sign_mantissa."""
+    Returns the layout's arrays by name (uint8, and int32 with the bits of uint32 for output_positions) and the bytes of each
+    stream; several units lie one after another as `ops.split` takes them. {"raw": weights} where an exponent is 240 or more. One
+    host synchronisation, for the histograms. Memory beside the result: some 2 % of the input.
+    """
     _require(weights.is_cuda, f"weights are on {weights.device}: a CUDA tensor is needed")
     _require(weights.dtype == torch.bfloat16, f"weights: dtype {weights.dtype}, needed torch.bfloat16")
     _require(weights.is_contiguous(), "weights must be contiguous")
-    n = weights.numel()
-    _require(0 < n < 1 << 32, f"{n} weights: 1 to 2^32 - 1 fit one unit")
+    n = weights.numel() // parts
+    _require(0 < n < 1 << 32 and n * parts == weights.numel(), f"{weights.numel()} weights, {parts} units: 1 to 2^32 - 1 fit one")
     gpu = device(weights.device.index)
-    counts = torch.zeros(256, dtype=torch.int64, device=weights.device)
-    sign_mantissa = torch.empty(n, dtype=torch.uint8, device=weights.device)
-    kernel = gpu.kernel("encode", "histogram_split", "PqPP", ENCODE_THREADS)
-    gpu.launch(kernel, 4 * gpu.processors, weights.data_ptr(), n, counts.data_ptr(), sign_mantissa.data_ptr())
-    return counts.cpu().numpy(), sign_mantissa
-
-
-def encode(weights: torch.Tensor, code: Code | None = None) -> dict[str, torch.Tensor]:
-    """Compress a contiguous bf16 CUDA tensor as one unit, byte for byte as `DFloat11.encode` does. `code`: not the optimal one.
-
-    Returns the layout's arrays by name (uint8, and int32 with the bits of uint32 for output_positions), or {"raw": weights} where
-    an exponent is 240 or more. One host synchronisation, for the histogram. Memory beside the result: some 0.4 % of the input.
-    """
-    histogram, sign_mantissa = _split(weights)
-    n = weights.numel()
 
     def empty(size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=weights.device)
@@ -358,34 +345,44 @@ def encode(weights: torch.Tensor, code: Code | None = None) -> dict[str, torch.T
     def zeros(size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=weights.device)
 
-    gpu = device(weights.device.index)
-
     def run(name: str, arguments: str, blocks: int, *values: int, threads: int = ENCODE_THREADS) -> None:
         gpu.launch(gpu.kernel("encode", name, arguments, threads), blocks, *values)
 
-    if histogram[FIRST_POINTER:].any():
-        return {"raw": weights.reshape(-1)}
-    code = code or choose_code(histogram)
-    bits = code.bits(histogram)
-    size = -(-bits // 8)
-    blocks = -(-size // BLOCK_BYTES)
-    chunks = blocks * BLOCK_CHUNKS
+    counts, sign_mantissa = zeros(parts * 256, torch.int64), empty(parts * n)
+    for i in range(parts):
+        places = (weights.data_ptr() + 2 * i * n, n, counts.data_ptr() + 2048 * i, sign_mantissa.data_ptr() + i * n)
+        run("histogram_split", "PqPP", 4 * gpu.processors, *places)
+    histograms = counts.cpu().numpy().reshape(parts, 256)
+    if histograms[:, FIRST_POINTER:].any():
+        return {"raw": weights.reshape(-1)}, []
+    code = code or choose_code(histograms.sum(0))
+    bits = [code.bits(histogram) for histogram in histograms]
+    sizes = [-(-each // 8) for each in bits]
+    blocks = [-(-size // BLOCK_BYTES) for size in sizes]
     tiles = -(-n // ENCODE_TILE)
     lengths = torch.from_numpy(code.lengths.astype(np.uint8)).to(weights.device)
     codes = torch.from_numpy(code.codes.astype(np.uint32).view(np.int32)).to(weights.device)
-    tile_at, stream = empty(tiles, torch.int64), zeros(-(-size // 4), torch.int32)
-    gaps, packed, positions = zeros(chunks + 1), empty(chunks * 5 // 8), zeros(blocks + 1, torch.int32)
-    source = (weights.data_ptr(), n, lengths.data_ptr())
-    run("tile_bits", "PqPP", tiles, *source, tile_at.data_ptr())
-    run("scan", "Pq", 1, tile_at.data_ptr(), tiles, threads=1024)
-    outputs = (tile_at.data_ptr(), stream.data_ptr(), gaps.data_ptr(), positions.data_ptr())
-    run("encode_tiles", "PqPPPPPP", tiles, *source, codes.data_ptr(), *outputs)
-    run("finish", "PPPqqiI", 1, *outputs[1:], n, bits, *code.padding, threads=1)
-    run("pack_gaps", "PqP", -(-chunks // 8 // 256), gaps.data_ptr(), chunks // 8, packed.data_ptr(), threads=256)
+    steps = sizes if parts == 1 else [-(-size // STREAM_ALIGNMENT) * STREAM_ALIGNMENT for size in sizes]
+    tile_at, stream = empty(tiles, torch.int64), zeros(-(-sum(steps) // 4), torch.int32)
+    chunks = sum(blocks) * BLOCK_CHUNKS
+    gaps, packed, positions = zeros(chunks + parts), empty(chunks * 5 // 8), zeros(sum(blocks) + parts, torch.int32)
+    at, block = 0, 0
+    for i, (step, own) in enumerate(zip(steps, blocks, strict=True)):
+        source = (weights.data_ptr() + 2 * i * n, n, lengths.data_ptr())
+        own_gaps, own_positions = gaps.data_ptr() + block * BLOCK_CHUNKS + i, positions.data_ptr() + 4 * (block + i)
+        outputs = (tile_at.data_ptr(), stream.data_ptr() + at, own_gaps, own_positions)
+        run("tile_bits", "PqPP", tiles, *source, tile_at.data_ptr())
+        run("scan", "Pq", 1, tile_at.data_ptr(), tiles, threads=1024)
+        run("encode_tiles", "PqPPPPPP", tiles, *source, codes.data_ptr(), *outputs)
+        run("finish", "PPPqqiI", 1, *outputs[1:], n, bits[i], *code.padding, threads=1)
+        groups = own * BLOCK_CHUNKS // 8
+        to = packed.data_ptr() + block * BLOCK_CHUNKS * 5 // 8
+        run("pack_gaps", "PqP", -(-groups // 256), own_gaps, groups, to, threads=256)
+        at, block = at + step, block + own
     return {
-        "encoded_exponent": stream.view(torch.uint8)[:size],
+        "encoded_exponent": stream.view(torch.uint8)[: sum(steps)],
         "sign_mantissa": sign_mantissa,
         "luts": torch.from_numpy(build_luts(code)).to(weights.device),
         "gaps": packed,
         "output_positions": positions,
-    }
+    }, sizes

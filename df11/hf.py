@@ -22,11 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from df11 import hf_io, released_checkpoint
 from df11.checkpoint import GUARD, QUANT_METHOD, REMOTE, VERSION, CheckpointError
-from df11.formats.dfloat11 import PARTS
 from df11.fused import fuse_, is_fused
 from df11.modules import compress_own_, decompress_, inside, is_compressed
 from df11.runtime import GRANULARITIES, MODES, attach, detach
-from df11.sources.files import SafetensorsSource
 from df11.sources.model import SPELLING, SourceError, TensorInfo, check_patterns, is_matrix, is_selected
 from df11.tensors import CompressedTensor, Units, dense
 
@@ -215,11 +213,9 @@ class DF11Quantizer(HfQuantizer):
             return
         if not checkpoint_files:
             raise ValueError("a compressed model is loaded from safetensors files: none were given")
-        self.shapes = hf_io.stored_shapes(checkpoint_files)
+        self.shapes, stored_bytes = hf_io.stored(checkpoint_files)
         if weights := sum(math.prod(shape) for shape in self.shapes.values()):
-            keys = {key for name in self.shapes for key in (name, *(f"{name}_{part}" for part in PARTS))}
-            infos = [info for file in checkpoint_files for info in SafetensorsSource(Path(file)).tensors()]
-            self._ratio = sum(info.nbytes for info in infos if info.name in keys) / (2 * weights)
+            self._ratio = stored_bytes / (2 * weights)
 
     def param_needs_quantization(self, model: transformers.PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Of a checkpoint that is not compressed: whether a parameter is to be, as soon as it is there."""

@@ -10,6 +10,7 @@ this; from 5.17 on they take the same arguments.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -38,17 +39,28 @@ Shapes = Mapping[str, tuple[int, ...]]
 Loader = Callable[..., Any]
 
 
-def stored_shapes(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the compressed tensors of safetensors files, by name. Raises CheckpointError where a file does not say them."""
-    found: dict[str, tuple[int, ...]] = {}
+def stored(files: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shapes of the compressed tensors of safetensors files by name, and the bytes that they take. Raises CheckpointError where a
+    file does not say them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    size = 0
     for file in files:
         header = read_header(Path(file))[1]
         about = (header.pop("__metadata__", None) or {}).get("df11")
         if about is None and any(name.endswith("_luts") for name in header):
             raise CheckpointError(f"{file} does not say what shapes its compressed tensors have: compress the original anew")
         records = json.loads(about)["tensors"] if about else {}
-        found |= {name: tuple(record["shape"]) for name, record in records.items() if record["compressed"]}
-    return found
+        for name, record in records.items():
+            if record["compressed"]:
+                shapes[name] = tuple(record["shape"])
+                places = (header[key]["data_offsets"] for key in _keys(name) if key in header)
+                size += sum(end - start for start, end in places)
+    return shapes, size
+
+
+def _keys(name: str) -> list[str]:
+    """What the arrays of a tensor are called in a file, in the order of STORED."""
+    return [name, *(f"{name}_{part}" for part in STORED[1:])]
 
 
 class _Entry:
@@ -74,7 +86,7 @@ class _Entry:
 
 def _assembled(state_dict: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
     """What a file holds by name, with an `_Entry` in the place of the arrays of each compressed tensor."""
-    keys = {name: [name, *(f"{name}_{part}" for part in STORED[1:])] for name in shapes}
+    keys = {name: _keys(name) for name in shapes}
     for name, parts in keys.items():
         if missing := [part for part in parts if part not in state_dict]:
             raise ValueError(f"{name} lacks its {', '.join(missing)}: download the checkpoint again")
@@ -106,6 +118,11 @@ class _Watch(ConversionOps):  # type: ignore[misc]
 
     found = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        """The loader copies a converter for each tensor."""
+        made: _Watch = memo.setdefault(id(self), _Watch())
+        return made
+
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         lists = {name: value if isinstance(value, list) else [value] for name, value in input_dict.items()}
         self.found = any(isinstance(tensor, CompressedTensor) for tensors in lists.values() for tensor in tensors)
@@ -121,6 +138,9 @@ class _CompressAgain(Compress):
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
         self.watch = watch
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CompressAgain:
+        return _CompressAgain(copy.deepcopy(self.watch, memo))
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return super().convert(input_dict) if self.watch.found else input_dict

@@ -22,6 +22,7 @@ from df11.dispatch import linear as linear  # the product with a matrix in the t
 from df11.formats import dfloat11
 from df11.formats.dfloat11 import DFloat11, DFloat11Unit, raw_unit
 from df11.formats.luts import FIRST_POINTER, choose_code
+from df11.gpu import STREAM_ALIGNMENT
 from df11.huffman import Code
 
 torch.library.define(
@@ -61,7 +62,6 @@ def _decompress_cpu(
 
 
 ARRAYS = (*dfloat11.ARRAYS, "table")  # as the operators take them
-STREAM_ALIGNMENT = 16  # bytes; where a unit's stream may begin
 
 torch.library.define(
     "df11::decode",
@@ -89,19 +89,6 @@ def split(arrays: Sequence[torch.Tensor], sizes: Sequence[int], weights: int) ->
         found.append((stream[at : at + size], own, luts, own_gaps, own_positions, table))
         at, block = at + -(-size // STREAM_ALIGNMENT) * STREAM_ALIGNMENT, block + blocks
     return found
-
-
-def join(units: Sequence[CompressedUnit]) -> dict[str, torch.Tensor]:
-    """Arrays as `split` takes them apart, of units with one code. Copies where there are several."""
-    if len(units) == 1:
-        return {name: getattr(units[0], name) for name in ARRAYS}
-
-    def padded(stream: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(stream, (0, -stream.numel() % STREAM_ALIGNMENT))
-
-    joined = {name: torch.cat([getattr(unit, name) for unit in units]) for name in ("sign_mantissa", "gaps", "output_positions")}
-    shared = {"luts": units[0].luts, "table": units[0].table}
-    return {"encoded_exponent": torch.cat([padded(unit.encoded_exponent) for unit in units])} | joined | shared
 
 
 def _decode(
@@ -226,17 +213,23 @@ def encode(tensors: Sequence[torch.Tensor], code: Code | None = None) -> Compres
     if device.type != "cuda" or not sum(t.numel() for t in tensors):
         return CompressedUnit.from_unit(DFloat11().encode_tensors([t.cpu() for t in tensors], code), device)
     flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
-    return CompressedUnit.make(shapes, gpu.encode(flat, code), device)
+    return CompressedUnit.make(shapes, gpu.encode(flat, code)[0], device)
 
 
-def encode_each(tensors: Sequence[torch.Tensor]) -> list[CompressedUnit]:
-    """Compress bf16 tensors of one device as a unit each, all with one code; as one raw unit where a weight has no code."""
-    if len(tensors) == 1:
-        return [encode(tensors)]
-    count = gpu.histogram if tensors[0].is_cuda else lambda tensor: bits.histogram(bits.to_bits(tensor))
-    histogram = np.sum([count(tensor) for tensor in tensors], 0)
+def encode_parts(weights: torch.Tensor, parts: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Compress bf16[n] where it is, as several units of as many weights each, all with one code. Returns arrays as `split` takes
+    them apart, without the table, and the bytes of each stream; {"raw": weights} where a weight has no code."""
+    if weights.is_cuda:
+        return gpu.encode(weights, parts=parts)
+    patterns = [bits.to_bits(part) for part in weights.chunk(parts)]
+    histogram = np.sum([bits.histogram(part) for part in patterns], 0)
     if histogram[FIRST_POINTER:].any():
-        raw = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        return [CompressedUnit.make((tuple(raw.shape),), {"raw": raw}, raw.device)]
+        return {"raw": weights}, []
     code = choose_code(histogram)
-    return [encode([tensor], code) for tensor in tensors]
+    units = [CompressedUnit.from_unit(DFloat11().encode_tensors([part], code), "cpu") for part in weights.chunk(parts)]
+    sizes = [unit.encoded_exponent.numel() for unit in units]
+    streams = [unit.encoded_exponent for unit in units]
+    if parts > 1:
+        streams = [torch.nn.functional.pad(stream, (0, -stream.numel() % STREAM_ALIGNMENT)) for stream in streams]
+    joined = {name: torch.cat([getattr(unit, name) for unit in units]) for name in ("sign_mantissa", "gaps", "output_positions")}
+    return {"encoded_exponent": torch.cat(streams), **joined, "luts": units[0].luts}, sizes

@@ -286,3 +286,13 @@ def test_nvcomp_gives_the_bits_back(n: int) -> None:
         batch.check()
         assert torch.equal(out.view(torch.uint8), data.view(torch.uint8))
         assert n < 10_000 or batch.nbytes < 0.9 * data.nbytes
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("n", [8, 40, 4096, 50_000])
+def test_units_with_one_code_are_those_of_the_cpu(n: int, parts: int) -> None:
+    weights = normal(n * parts, std=0.5)
+    arrays, sizes = ops.encode_parts(weights.cuda(), parts)
+    expected, expected_sizes = ops.encode_parts(weights, parts)
+    assert sizes == expected_sizes and arrays.keys() == expected.keys()
+    assert all(torch.equal(array.cpu(), expected[name]) for name, array in arrays.items())

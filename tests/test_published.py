@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from df11 import checkpoint, cli, fused, hf, modules
+from df11 import checkpoint, cli, fused, hf, hf_io, modules
 from df11.tensors import CompressedTensor, dense
 from tests.helpers import same_bits
 
@@ -186,7 +186,7 @@ def test_published_layouts(tmp_path: Path, name: str) -> None:
     """Renamed, merged, interleaved, transposed: bits equal, experts one stack with one code, saved as published, restored."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     ffn = {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}
-    attention = {"kv_n_heads": 4, "rope_theta": 10000.0}
+    attention = {"kv_n_heads": 4, "rope_theta": 10000.0, "clip_qkv": 8.0}
     dbrx = {"d_model": 64, "n_heads": 4, "n_layers": 2, "ffn_config": ffn, "attn_config": attention}
     t5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
     made: dict[str, tuple[str, dict[str, Any]]] = {
@@ -211,18 +211,12 @@ def test_published_layouts(tmp_path: Path, name: str) -> None:
         assert same_bits(model(IDS, **behind).logits, expected(IDS, **behind).logits)
         model.save_pretrained(tmp_path / "again")
         rows = {row["name"]: row["compressed"] for row in checkpoint.summary(compressed)}
-        again = hf_io_names(tmp_path / "again" / "model.safetensors")
+        again = hf_io.stored([str(tmp_path / "again" / "model.safetensors")])[0].keys()
         assert again == {name for name, done in rows.items() if done} and rows.keys() == published
         same(hf.load(tmp_path / "again", "cpu"), expected)
     restored = tmp_path / "restored"
     checkpoint.restore(compressed, restored)
     assert {p.name: p.read_bytes() for p in restored.iterdir()} == {p.name: p.read_bytes() for p in original.iterdir()}
-
-
-def hf_io_names(file: Path) -> set[str]:
-    from df11 import hf_io
-
-    return set(hf_io.stored_shapes([str(file)]))
 
 
 def test_what_is_left_out_stays_so_in_what_is_merged_of_it(tmp_path: Path) -> None:

@@ -472,9 +472,7 @@ def _with_media(
                 x["mm_token_type_ids"] = (x["input_ids"] == token).long() * (1 + list(MEDIA).index(kind))
             x["image_embeds_position_mask"] = torch.zeros_like(x["input_ids"]).index_fill(1, torch.arange(2, 6), 1)
             x["image_attention_mask"] = torch.ones_like(x["input_ids"])[..., None]
-            x = {
-                k: v for k, v in {**x, **form}.items() if k in accepted and not k.endswith(("hidden_states", "attention_states"))
-            }
+            x = {k: v for k, v in {**x, **form}.items() if k in accepted and not k.endswith(("hidden_states", "attention_states"))}
             error = _works(model, x)
             if error is None:
                 return x, None

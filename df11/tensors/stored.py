@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from df11 import ops
+from df11 import memory, ops
 from df11.gpu import build_table
 from df11.ops import CompressedUnit
 
@@ -105,7 +105,10 @@ class Stored:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """A copy on a device."""
-        arrays = {name: array.to(device, non_blocking=non_blocking, copy=True) for name, array in self.kept().items()}
+        arrays = self.kept()
+        if device.type == "cuda" and all(array.device.type == "cpu" and not array.is_pinned() for array in arrays.values()):
+            return type(self)(memory.to_gpu(arrays, device), self.numbers, self.shape)
+        arrays = {name: array.to(device, non_blocking=non_blocking, copy=True) for name, array in arrays.items()}
         return type(self)(arrays, self.numbers, self.shape)
 
     def write(self, weights: torch.Tensor) -> None:
@@ -129,17 +132,10 @@ class Units(Stored):
         self._units: list[CompressedUnit] = []
 
     @classmethod
-    def of(cls, units: Sequence[CompressedUnit], shape: Sequence[int]) -> Self:
-        """Of units with one code and as many weights each; they are not copied where there is one."""
-        if units[0].raw is not None:
-            return cls({"raw": units[0].raw}, (), shape)
-        return cls(ops.join(units), [unit.encoded_exponent.numel() for unit in units], shape)
-
-    @classmethod
     def encode(cls, weights: torch.Tensor, shape: Sequence[int]) -> Self:
         if not weights.numel():
             return cls({"raw": weights}, (), shape)
-        return cls.of(ops.encode_each(weights.chunk(shape[0] if is_stack(shape) else 1)), shape)
+        return cls(*ops.encode_parts(weights, shape[0] if is_stack(shape) else 1), shape)
 
     def by_matrix(self) -> None:
         """Make a unit each of the matrices of a stack that is one unit, as files have them: one expert is then decoded alone."""

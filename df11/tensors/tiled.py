@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from df11 import dispatch, tiled_ops
 from df11.formats.tiled import ROWS
-from df11.ops import CompressedUnit, encode_each
+from df11.ops import CompressedUnit, encode
 from df11.tensors.compressed import CompressedTensor
 from df11.tensors.stored import Stored
 from df11.tiled_ops import TiledWeight
@@ -246,7 +246,7 @@ class TiledTensor(CompressedTensor):
 
     def units(self) -> list[CompressedUnit]:
         """Compressed anew, as units of the published layout."""
-        return encode_each([self.decompress().contiguous().view(-1)])
+        return [encode([self.decompress().contiguous().view(-1)])]
 
 
 torch.serialization.add_safe_globals([TiledTensor, Tiles, Merged])
