@@ -173,7 +173,7 @@ class DF11Quantizer(HfQuantizer):
 
     quantization_config: DF11Config
     _released: _Released | None = None
-    shapes: Mapping[str, tuple[int, ...]] = {}  # of the compressed tensors of a checkpoint, by their names there
+    places: Mapping[str, hf_io.Place] = {}  # the compressed tensors of a checkpoint, by their names there
     _ratio = 0.75  # of stored bytes to a matrix's own, for whoever shares out memory; a checkpoint's is in its files
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -213,9 +213,10 @@ class DF11Quantizer(HfQuantizer):
             return
         if not checkpoint_files:
             raise ValueError("a compressed model is loaded from safetensors files: none were given")
-        self.shapes, stored_bytes = hf_io.stored(checkpoint_files)
-        if weights := sum(math.prod(shape) for shape in self.shapes.values()):
-            self._ratio = stored_bytes / (2 * weights)
+        self.places = hf_io.stored(checkpoint_files)
+        if weights := sum(math.prod(place.shape) for place in self.places.values()):
+            size = sum(end - begin for place in self.places.values() for begin, end in place.ranges)
+            self._ratio = size / (2 * weights)
 
     def param_needs_quantization(self, model: transformers.PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Of a checkpoint that is not compressed: whether a parameter is to be, as soon as it is there."""

@@ -13,9 +13,12 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from torch import nn
 from transformers import modeling_utils
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from df11 import checkpoint
+from df11 import checkpoint, memory
 from df11.checkpoint import GUARD, CheckpointError
 from df11.modules import compressed, decompressed
 from df11.ops import ARRAYS
@@ -35,67 +38,126 @@ from df11.tensors import CompressedTensor, Units
 
 STORED = ARRAYS[:-1]  # of a unit; what follows the first has its name behind the tensor's
 
-Shapes = Mapping[str, tuple[int, ...]]
+READERS = 4  # threads
+
 Loader = Callable[..., Any]
 
 
-def stored(files: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Shapes of the compressed tensors of safetensors files by name, and the bytes that they take. Raises CheckpointError where a
-    file does not say them."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    size = 0
-    for file in files:
-        header = read_header(Path(file))[1]
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A compressed tensor in a file: its shape, and where each of its arrays, in the order of STORED, begins and ends."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def keys(self) -> list[str]:
+        """What the arrays are called in the file."""
+        return [self.name, *(f"{self.name}_{part}" for part in STORED[1:])]
+
+    def tensor(self, arrays: Sequence[torch.Tensor]) -> CompressedTensor:
+        """Of its arrays, as the file has them or as their bytes."""
+        stream, sign_mantissa, luts, gaps, positions = arrays
+        if sign_mantissa.numel() != math.prod(self.shape):
+            raise ValueError(
+                f"{self.name} in {self.file} has {sign_mantissa.numel()} weights for {list(self.shape)}: download it again"
+            )
+        parts = (stream, sign_mantissa, luts.view(-1, 256), gaps, positions.view(torch.int32))
+        return CompressedTensor.make(Units(dict(zip(STORED, parts, strict=True)), (stream.numel(),), self.shape), self.shape)
+
+
+def stored(files: Sequence[str]) -> dict[str, Place]:
+    """The compressed tensors of safetensors files by name. Raises CheckpointError where a file does not say what they are."""
+    found = {}
+    for file in map(Path, files):
+        text, header = read_header(file)
         about = (header.pop("__metadata__", None) or {}).get("df11")
         if about is None and any(name.endswith("_luts") for name in header):
             raise CheckpointError(f"{file} does not say what shapes its compressed tensors have: compress the original anew")
-        records = json.loads(about)["tensors"] if about else {}
-        for name, record in records.items():
+        begin = 8 + len(text)
+        for name, record in (json.loads(about)["tensors"] if about else {}).items():
             if record["compressed"]:
-                shapes[name] = tuple(record["shape"])
-                places = (header[key]["data_offsets"] for key in _keys(name) if key in header)
-                size += sum(end - start for start, end in places)
-    return shapes, size
-
-
-def _keys(name: str) -> list[str]:
-    """What the arrays of a tensor are called in a file, in the order of STORED."""
-    return [name, *(f"{name}_{part}" for part in STORED[1:])]
+                place = Place(file, name, tuple(record["shape"]), ())
+                if missing := [key for key in place.keys if key not in header]:
+                    raise CheckpointError(f"{file}: {name} lacks its {', '.join(missing)}: download it again")
+                ranges = ((begin + start, begin + end) for start, end in (header[key]["data_offsets"] for key in place.keys))
+                found[name] = dataclasses.replace(place, ranges=tuple(ranges))
+    return found
 
 
 class _Entry:
-    """A compressed tensor in a file, in the place of a safetensors slice: it is read when it is indexed."""
+    """A compressed tensor of a file, in the place of a safetensors slice: it is read when it is indexed."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
-        self.name, self.shape, self.arrays = name, shape, arrays
+    def __init__(self, place: Place, read: Callable[[], CompressedTensor]) -> None:
+        self.place, self.read = place, read
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        arrays = {name: array[...] for name, array in self.arrays.items()}
-        arrays["output_positions"] = arrays["output_positions"].view(torch.int32)
-        if arrays["sign_mantissa"].numel() != math.prod(self.shape):
-            raise ValueError(f"{self.name} has {arrays['sign_mantissa'].numel()} weights for {list(self.shape)}: download it again")
-        tensor = CompressedTensor.make(Units(arrays, (arrays["encoded_exponent"].numel(),), self.shape), self.shape)
+        tensor = self.read()
         return tensor if index is Ellipsis else tensor[index]
 
     def get_shape(self) -> list[int]:
-        return list(self.shape)
+        return list(self.place.shape)
 
     def get_dtype(self) -> str:
         return "BF16"
 
 
-def _assembled(state_dict: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """What a file holds by name, with an `_Entry` in the place of the arrays of each compressed tensor."""
-    keys = {name: _keys(name) for name in shapes}
-    for name, parts in keys.items():
-        if missing := [part for part in parts if part not in state_dict]:
-            raise ValueError(f"{name} lacks its {', '.join(missing)}: download the checkpoint again")
-    arrays = {key for parts in keys.values() for key in parts}
-    entries = {
-        name: _Entry(name, shapes[name], {stored: state_dict[key] for stored, key in zip(STORED, parts, strict=True)})
-        for name, parts in keys.items()
-    }
-    return {key: value for key, value in state_dict.items() if key not in arrays} | entries
+def _assembled(state_dict: dict[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
+    """What files hold by name, with an `_Entry` in the place of the arrays of each compressed tensor."""
+    arrays = {place.name: [state_dict.pop(key) for key in place.keys] for place in places.values()}
+
+    def read(place: Place) -> CompressedTensor:
+        return place.tensor([array[...] for array in arrays[place.name]])
+
+    return state_dict | {name: _Entry(place, functools.partial(read, place)) for name, place in places.items()}
+
+
+@contextlib.contextmanager
+def _read_ahead(state_dict: dict[str, Any], places: Mapping[str, Place], device: torch.device) -> Iterator[dict[str, Any]]:
+    """As `_assembled`, of a model that comes to one GPU as a whole: tensors are read in batches and ahead of whoever asks for
+    them."""
+    with ThreadPoolExecutor(READERS) as pool:
+        batches: dict[str, Future[dict[str, CompressedTensor]]] = {}
+        for batch in _batches(places.values()):
+            future = pool.submit(_read_batch, batch, device)
+            batches |= {place.name: future for place in batch}
+
+        def read(name: str) -> CompressedTensor:
+            return batches[name].result().pop(name)
+
+        rest = {key: value for key, value in state_dict.items() if key not in {k for p in places.values() for k in p.keys}}
+        try:
+            yield rest | {name: _Entry(place, functools.partial(read, name)) for name, place in places.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read_batch(batch: list[Place], device: torch.device) -> dict[str, CompressedTensor]:
+    arrays = iter(memory.read_to_gpu(batch[0].file, [each for place in batch for each in place.ranges], device))
+    return {place.name: place.tensor([next(arrays) for _ in STORED]) for place in batch}
+
+
+def _batches(places: Iterable[Place]) -> Iterator[list[Place]]:
+    """Tensors that follow one another in a file and are all merged with others or all kept: one that is kept keeps the memory of
+    all."""
+
+    def kind(place: Place) -> tuple[Path, str]:
+        return place.file, re.sub(r"\d+", "#", ".".join(place.name.split(".")[:-2]))
+
+    ordered = sorted(places, key=lambda place: (place.file, place.ranges[0]))
+    for _, alike in itertools.groupby(ordered, kind):
+        batch: list[Place] = []
+        size = 0
+        for place in alike:
+            own = place.ranges[-1][1] - place.ranges[0][0]
+            if batch and size + own > memory.STAGE:
+                yield batch
+                batch, size = [], 0
+            batch.append(place)
+            size += own
+        yield batch
 
 
 class Compress(ConversionOps):  # type: ignore[misc]
@@ -175,15 +237,22 @@ def _wrapped(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_wrapped("convert_and_load_state_dict_in_model")
 def _load(plain: Loader, model: nn.Module, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:
     quantizer = load_config.hf_quantizer
-    shapes: Shapes | None = getattr(quantizer, "shapes", None)
-    if shapes is None:
+    places: Mapping[str, Place] | None = getattr(quantizer, "places", None)
+    if places is None:
         return plain(model, state_dict, load_config, *args, **kwargs)
     if not quantizer.pre_quantized:
         return _checked(plain, model, state_dict, load_config, *args, **kwargs)
     # To the loader it is an ordinary checkpoint: dtypes, ties and mismatches are treated as the original's.
     ordinary = dataclasses.replace(load_config, hf_quantizer=None)
-    with _compressing([one for one in load_config.weight_mapping or [] if isinstance(one, WeightConverter)]):
-        return plain(model, _assembled(state_dict, shapes), ordinary, *args, **kwargs)
+    devices = {torch.device("cuda" if place == "cuda" else place) for place in (load_config.device_map or {}).values()}
+    (device,) = devices if len(devices) == 1 else (torch.device("cpu"),)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_compressing([one for one in load_config.weight_mapping or [] if isinstance(one, WeightConverter)]))
+        if device.type == "cuda" and load_config.device_mesh is None:
+            entries = stack.enter_context(_read_ahead(state_dict, places, device))
+        else:
+            entries = _assembled(state_dict, places)
+        return plain(model, entries, ordinary, *args, **kwargs)
 
 
 def _checked(plain: Loader, model: nn.Module, state_dict: dict[str, Any], load_config: Any, *args: Any, **kwargs: Any) -> Any:

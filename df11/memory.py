@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,24 +25,63 @@ def places(arrays: Iterable[torch.Tensor]) -> list[int]:
     return found
 
 
-STAGED = 64 << 20  # bytes; larger arrays lose nothing by a copy each
+STAGE = 64 << 20  # bytes of page-locked memory that a thread reads through
 _staging = threading.local()
 
 
-def to_gpu(arrays: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copies of arrays in host memory. Small ones go by one transfer from page-locked memory, and lie in one piece."""
-    *starts, size = places(arrays.values())
-    if size > STAGED:
-        return {name: array.to(device, copy=True) for name, array in arrays.items()}
-    buffer: torch.Tensor | None = getattr(_staging, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        buffer = _staging.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    for start, array in zip(starts, arrays.values(), strict=True):
-        view(buffer, start, array).copy_(array)
-    piece = torch.empty(size, dtype=torch.uint8, device=device)
-    piece.copy_(buffer[:size], non_blocking=True)
-    torch.cuda.current_stream(device).synchronize()  # before others are written there
-    return {name: view(piece, start, array) for start, (name, array) in zip(starts, arrays.items(), strict=True)}
+def read_to_gpu(file: Path, ranges: Sequence[tuple[int, int]], device: torch.device) -> list[torch.Tensor]:
+    """Bytes of a file, each range from its begin to its end, as uint8 tensors that lie in one piece on a GPU.
+
+    One call of the system reads many ranges, each to its aligned place in page-locked memory, from where one transfer takes all.
+    Raises OSError where the file ends before.
+    """
+    starts = [0]
+    for begin, end in ranges:
+        starts.append(starts[-1] + aligned(end - begin))
+    piece = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+    if not hasattr(_staging, "buffer"):
+        _staging.buffer = torch.empty(STAGE, dtype=torch.uint8, pin_memory=True)
+    buffer: torch.Tensor = _staging.buffer
+    host = memoryview(buffer.numpy())
+    segments = []  # place in the file, place in the piece, bytes; none across a multiple of STAGE in the piece
+    for (begin, end), start in zip(ranges, starts, strict=False):
+        while begin < end:
+            size = min(end - begin, STAGE - start % STAGE)
+            segments.append((begin, start, size))
+            begin, start = begin + size, start + size
+    with file.open("rb", buffering=0) as opened:
+        for window, inside in itertools.groupby(segments, lambda segment: segment[1] // STAGE):
+            some = list(inside)
+            for run in _runs(some):
+                _read(opened.fileno(), run[0][0], [host[at % STAGE : at % STAGE + size] for _, at, size in run])
+            first, last = some[0][1] % STAGE, some[-1][1] % STAGE + some[-1][2]
+            piece[window * STAGE + first : window * STAGE + last].copy_(buffer[first:last], non_blocking=True)
+            torch.cuda.current_stream(device).synchronize()  # before others are written there
+    return [piece[start : start + end - begin] for (begin, end), start in zip(ranges, starts, strict=False)]
+
+
+def _runs(segments: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Segments that follow one another in the file, as many as one call takes."""
+    run: list[tuple[int, int, int]] = []
+    for segment in segments:
+        if run and (run[-1][0] + run[-1][2] != segment[0] or len(run) == 512):
+            yield run
+            run = []
+        run.append(segment)
+    if run:
+        yield run
+
+
+def _read(descriptor: int, at: int, places: list[memoryview]) -> None:
+    while places:
+        done = os.preadv(descriptor, places, at)
+        if not done:
+            raise OSError(f"the file ends at {at}")
+        at += done
+        while places and done >= len(places[0]):
+            done -= len(places.pop(0))
+        if done:
+            places[0] = places[0][done:]
 
 
 def view(memory: torch.Tensor, at: int, like: torch.Tensor) -> torch.Tensor:

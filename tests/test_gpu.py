@@ -1,5 +1,6 @@
 """The kernels on a GPU against the CPU format: `make gpu-test`."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from df11 import gpu, nvcomp, ops, released
+from df11 import gpu, memory, nvcomp, ops, released
 from df11.formats.dfloat11 import BLOCK_BYTES, DFloat11, DFloat11Unit
 from df11.huffman import Code, canonical_codes
 from tests.helpers import normal, patterns
@@ -296,3 +297,19 @@ def test_units_with_one_code_are_those_of_the_cpu(n: int, parts: int) -> None:
     expected, expected_sizes = ops.encode_parts(weights, parts)
     assert sizes == expected_sizes and arrays.keys() == expected.keys()
     assert all(torch.equal(array.cpu(), expected[name]) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("stage", [1 << 10, 1 << 16, memory.STAGE])
+def test_ranges_of_a_file_come_to_the_gpu(tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty ones, ones that do not follow one another, and ones larger than the page-locked memory."""
+    monkeypatch.setattr(memory, "STAGE", stage)
+    monkeypatch.setattr(memory, "_staging", threading.local())
+    data = np.random.default_rng(0).integers(0, 256, 200_000, np.uint8)
+    (tmp_path / "file").write_bytes(data.tobytes())
+    edges = [0, 3, 3, 1000, 1007, 50_000, 50_300, 199_999]
+    ranges = [*zip(edges, edges[1:], strict=False), (10, 20), (100_000, 200_000), *((i, i + 1) for i in range(600))]
+    found = memory.read_to_gpu(tmp_path / "file", ranges, torch.device("cuda"))
+    assert all(np.array_equal(array.cpu().numpy(), data[a:b]) for array, (a, b) in zip(found, ranges, strict=True))
+    assert all(array.data_ptr() % memory.ALIGNMENT == 0 for array in found if array.numel())
+    with pytest.raises(OSError, match="the file ends"):
+        memory.read_to_gpu(tmp_path / "file", [(199_000, 201_000)], torch.device("cuda"))

@@ -211,7 +211,7 @@ def test_published_layouts(tmp_path: Path, name: str) -> None:
         assert same_bits(model(IDS, **behind).logits, expected(IDS, **behind).logits)
         model.save_pretrained(tmp_path / "again")
         rows = {row["name"]: row["compressed"] for row in checkpoint.summary(compressed)}
-        again = hf_io.stored([str(tmp_path / "again" / "model.safetensors")])[0].keys()
+        again = hf_io.stored([str(tmp_path / "again" / "model.safetensors")]).keys()
         assert again == {name for name, done in rows.items() if done} and rows.keys() == published
         same(hf.load(tmp_path / "again", "cpu"), expected)
     restored = tmp_path / "restored"

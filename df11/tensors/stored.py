@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from df11 import memory, ops
+from df11 import ops
 from df11.gpu import build_table
 from df11.ops import CompressedUnit
 
@@ -105,10 +105,7 @@ class Stored:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """A copy on a device."""
-        arrays = self.kept()
-        if device.type == "cuda" and all(array.device.type == "cpu" and not array.is_pinned() for array in arrays.values()):
-            return type(self)(memory.to_gpu(arrays, device), self.numbers, self.shape)
-        arrays = {name: array.to(device, non_blocking=non_blocking, copy=True) for name, array in arrays.items()}
+        arrays = {name: array.to(device, non_blocking=non_blocking, copy=True) for name, array in self.kept().items()}
         return type(self)(arrays, self.numbers, self.shape)
 
     def write(self, weights: torch.Tensor) -> None:
