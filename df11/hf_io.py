@@ -127,7 +127,8 @@ def _read_ahead(state_dict: dict[str, Any], places: Mapping[str, Place], device:
         def read(name: str) -> CompressedTensor:
             return batches[name].result().pop(name)
 
-        rest = {key: value for key, value in state_dict.items() if key not in {k for p in places.values() for k in p.keys}}
+        arrays = {key for place in places.values() for key in place.keys}
+        rest = {key: value for key, value in state_dict.items() if key not in arrays}
         try:
             yield rest | {name: _Entry(place, functools.partial(read, name)) for name, place in places.items()}
         finally:

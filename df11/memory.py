@@ -42,7 +42,7 @@ def read_to_gpu(file: Path, ranges: Sequence[tuple[int, int]], device: torch.dev
     if not hasattr(_staging, "buffer"):
         _staging.buffer = torch.empty(STAGE, dtype=torch.uint8, pin_memory=True)
     buffer: torch.Tensor = _staging.buffer
-    host = memoryview(buffer.numpy())
+    host = memoryview(buffer.numpy().data)
     segments = []  # place in the file, place in the piece, bytes; none across a multiple of STAGE in the piece
     for (begin, end), start in zip(ranges, starts, strict=False):
         while begin < end:

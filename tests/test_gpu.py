@@ -1,5 +1,6 @@
 """The kernels on a GPU against the CPU format: `make gpu-test`."""
 
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -307,7 +308,7 @@ def test_ranges_of_a_file_come_to_the_gpu(tmp_path: Path, stage: int, monkeypatc
     data = np.random.default_rng(0).integers(0, 256, 200_000, np.uint8)
     (tmp_path / "file").write_bytes(data.tobytes())
     edges = [0, 3, 3, 1000, 1007, 50_000, 50_300, 199_999]
-    ranges = [*zip(edges, edges[1:], strict=False), (10, 20), (100_000, 200_000), *((i, i + 1) for i in range(600))]
+    ranges = [*itertools.pairwise(edges), (10, 20), (100_000, 200_000), *((i, i + 1) for i in range(600))]
     found = memory.read_to_gpu(tmp_path / "file", ranges, torch.device("cuda"))
     assert all(np.array_equal(array.cpu().numpy(), data[a:b]) for array, (a, b) in zip(found, ranges, strict=True))
     assert all(array.data_ptr() % memory.ALIGNMENT == 0 for array in found if array.numel())
