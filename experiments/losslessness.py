@@ -66,6 +66,8 @@ def run(cfg: Config, done: Mapping[str, list[dict[str, Any]]]) -> Iterator[Point
         for mode in modes:  # exact first: fuse_ turns the same model
             if mode == "fused":
                 fused.fuse_(model)
+                if not fused.is_fused(model):
+                    raise ValueError(f"no matrix of {cfg.model.name} is smaller in the tiled layout: bench.modes=[exact]")
             codec, kernel = CODECS[mode]
             identity = {"weights": weights, "codec": codec, "kernel": kernel if on_gpu else "cpu", "mode": mode}
             if key("bits", mode) not in done:
