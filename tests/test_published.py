@@ -219,6 +219,29 @@ def test_published_layouts(tmp_path: Path, name: str) -> None:
     assert {p.name: p.read_bytes() for p in restored.iterdir()} == {p.name: p.read_bytes() for p in original.iterdir()}
 
 
+def test_llama4_with_images(tmp_path: Path) -> None:
+    """Experts transposed in stacks; its text model runs, as transformers 5.24 stops in the class's own forward."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"intermediate_size_mlp": 128, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 300}
+    text |= {"num_local_experts": 4, "num_experts_per_tok": 1}
+    vision = sizes | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 56}
+    torch.manual_seed(0)
+    config = transformers.Llama4Config(text_config=text, vision_config=vision | {"patch_size": 14})
+    for part in (config.text_config, config.vision_config):
+        part.pad_token_id = None
+    transformers.Llama4ForConditionalGeneration._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "o")
+    compressed = compress(tmp_path / "o")
+    assert share(compressed) == 1.0
+    model, expected = (hf.load(directory, "cpu").requires_grad_(False) for directory in (compressed, tmp_path / "o"))
+    same(model, expected)
+    stacks = [p for name, p in model.named_parameters() if "experts." in name and p.dim() == 3]
+    assert stacks and all(len(stack.units()) == 4 for stack in stacks)
+    assert same_bits(model.language_model(IDS).logits, expected.language_model(IDS).logits)
+    checkpoint.restore(compressed, tmp_path / "r")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == files
+
+
 def test_what_is_left_out_stays_so_in_what_is_merged_of_it(tmp_path: Path) -> None:
     original = make(tmp_path / "o", "Qwen3MoeForCausalLM", "qwen3_moe", **EXPERTS)
     model = hf.load(compress(original, "--exclude", "*.experts.*"), "cpu")

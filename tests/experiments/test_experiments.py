@@ -13,13 +13,18 @@ import pandas as pd
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
 
+from df11 import checkpoint
+from df11.sources import SafetensorsSource, split_units
 from experiments import evaluation, first_token, load_time, losslessness, needs
 from experiments.config import Config
 from experiments.figures import __main__ as figures
 from experiments.figures import index, style
 from experiments.harness import runner, store
 from run import EXPERIMENTS
+from tests.test_published import EXPERTS, gemma3
+from tests.test_published import make as make_one
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,7 +160,7 @@ def test_decompression(rows: Callable[..., pd.DataFrame]) -> None:
 def test_losslessness(rows: Callable[..., pd.DataFrame]) -> None:
     geometry = "model.geometry.vocab_size=256"
     for overrides in ((), ("model=llama3_1_8b_synthetic", "model.sample_blocks=0", geometry, "model.geometry.num_hidden_layers=1")):
-        small = [f"model.geometry.{k}=64" for k in ("hidden_size", "intermediate_size")] if overrides else []
+        small = [f"model.geometry.{k}=256" for k in ("hidden_size", "intermediate_size")] if overrides else []
         heads = [f"model.geometry.{k}=4" for k in ("num_attention_heads", "num_key_value_heads")] if overrides else []
         sizes = ["model.geometry.head_dim=16"] if overrides else []
         table = rows("experiment=losslessness", *overrides, *small, *heads, *sizes)
@@ -232,6 +237,50 @@ def test_the_run_id_follows_files_that_no_import_tells(
     monkeypatch.setattr(runner.provenance, "hash_files", hashed.extend)
     runner.run_id(runner.typed(config(f"experiment={name}"), Config), runner.find(name, EXPERIMENTS), "-")
     assert {path.name for path in hashed if path.exists()} >= files | {"timing.py", "tiled.cu", "fused.py", "needs.py"}
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        if name == "gemma3":
+            return gemma3(tmp_path / name)
+        if name == "t5":
+            sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+            return make_one(tmp_path / name, "T5ForConditionalGeneration", "t5", **sizes)
+        if name == "bert":
+            return make_one(tmp_path / name, "BertForMaskedLM", "bert")
+        return make_one(tmp_path / name, "Qwen3MoeForCausalLM", "qwen3_moe", **EXPERTS)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "t5", "bert"])
+def test_losslessness_of_any_class(rows: Callable[..., pd.DataFrame], published: Callable[[str], Path], name: str) -> None:
+    path = ["model=path", f"model.path={published(name)}", "eval=none", "bench.modes=[exact]"]
+    table = rows("experiment=losslessness", *path)
+    different = table[table["metric"].str.endswith("mismatches")]
+    assert (different["value"] == 0).all() and len(different) == (1 + 3 * 2 * (1 if name == "bert" else 4))
+    assert (table[table["metric"] == "compared"]["value"] > 0).all()
+
+
+def test_where_nothing_is_compressed_nothing_is_proved(config: Callable[..., DictConfig], published: Callable[[str], Path]) -> None:
+    """Weights that are not bf16."""
+    file = published("qwen3_moe") / "model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    reasons = {"losslessness": "equal outputs would prove nothing", "load_time": "no measure of compressed weights"}
+    for experiment, told in reasons.items():
+        given = config(f"experiment={experiment}", "model=path", f"model.path={file.parent}", "eval=none", "bench.modes=[exact]")
+        outcome = runner.run(given, Config, EXPERIMENTS)
+        assert outcome.state == "failed" and told in (Path(outcome.folder) / "ERROR.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe"])
+def test_what_is_compressed_is_what_compression_ratio_counts(published: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    directory = published(name)
+    units, _ = split_units(SafetensorsSource(directory).tensors())
+    checkpoint.compress(directory, tmp_path / "compressed")
+    done = {row["name"] for row in checkpoint.summary(tmp_path / "compressed") if row["compressed"] or row["why"] == "no gain"}
+    assert done == {tensor.name for unit in units for tensor in unit.tensors}
 
 
 def test_losslessness_counts_what_differs() -> None:
