@@ -12,7 +12,7 @@ SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns
 SANITIZED := $(foreach tool,memcheck racecheck,sanitize-bench-$(tool)) \
   $(foreach tool,memcheck synccheck racecheck,sanitize-tiled-$(tool) sanitize-tiled-$(tool)-overlap)
 
-.PHONY: help run test coverage lint figures notebooks paper kernels gpu-test clean
+.PHONY: help run test coverage lint figures notebooks paper kernels zoo gpu-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ kernels:  ## compile every kernel (needs nvcc, no GPU)
 	  nvcc -O3 -std=c++17 -Werror all-warnings -arch=$$arch -cubin -o /dev/null kernels/$$name.cu || exit 1; done; done
 	@for name in $(filter %_wgmma,$(KERNELS)); do echo "$$name sm_90a"; \
 	  nvcc -O3 -std=c++17 -Werror all-warnings -arch=sm_90a -cubin -o /dev/null kernels/$$name.cu || exit 1; done
+
+zoo: .venv/installed  ## every class of language models that transformers has, tiny: writes docs/architectures.md
+	$(PY) -m tests.test_zoo
 
 gpu-test:  ## the tests that need a GPU, then compute-sanitizer (in an environment that has torch with CUDA and pycuda)
 	$(PYTHON) -m pytest tests/test_gpu.py tests/test_tensors_gpu.py tests/test_tiled_gpu.py tests/test_fused_gpu.py tests/test_models_gpu.py -m "gpu or gpu2"

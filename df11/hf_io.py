@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import modeling_utils
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, dot_natural_key
 
 from df11 import checkpoint, memory
 from df11.checkpoint import GUARD, CheckpointError
@@ -116,19 +117,23 @@ def _assembled(state_dict: dict[str, Any], places: Mapping[str, Place]) -> dict[
 
 @contextlib.contextmanager
 def _read_ahead(state_dict: dict[str, Any], places: Mapping[str, Place], device: torch.device) -> Iterator[dict[str, Any]]:
-    """As `_assembled`, of a model that comes to one GPU as a whole: tensors are read in batches and ahead of whoever asks for
-    them."""
+    """As `_assembled`, of a model that comes to one GPU as a whole: tensors are read in batches, the next ones ahead of whoever
+    asks for them. What the model does not have is not asked for, and but for a few batches not read."""
+    arrays = {key for place in places.values() for key in place.keys}
+    rest = {key: value for key, value in state_dict.items() if key not in arrays}
+    batches = sorted(_batches(places.values()), key=lambda batch: dot_natural_key(batch[0].name))  # as the loader goes
+    where = {place.name: i for i, batch in enumerate(batches) for place in batch}
+    futures: list[Future[dict[str, CompressedTensor]] | None] = [None] * len(batches)
+    lock = threading.Lock()
+
+    def read(name: str) -> CompressedTensor:
+        first = where[name]
+        with lock:
+            for i in range(first, min(first + READERS, len(batches))):
+                futures[i] = futures[i] or pool.submit(_read_batch, batches[i], device)
+        return futures[first].result().pop(name)  # type: ignore[union-attr]
+
     with ThreadPoolExecutor(READERS) as pool:
-        batches: dict[str, Future[dict[str, CompressedTensor]]] = {}
-        for batch in _batches(places.values()):
-            future = pool.submit(_read_batch, batch, device)
-            batches |= {place.name: future for place in batch}
-
-        def read(name: str) -> CompressedTensor:
-            return batches[name].result().pop(name)
-
-        arrays = {key for place in places.values() for key in place.keys}
-        rest = {key: value for key, value in state_dict.items() if key not in arrays}
         try:
             yield rest | {name: _Entry(place, functools.partial(read, name)) for name, place in places.items()}
         finally:

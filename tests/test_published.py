@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from df11 import checkpoint, cli, fused, hf, hf_io, modules
+from df11 import checkpoint, cli, fused, hf, hf_io, memory, modules
 from df11.tensors import CompressedTensor, dense
 from tests.helpers import same_bits
 
@@ -166,6 +166,31 @@ def test_fewer_layers_than_the_file_has(tmp_path: Path) -> None:
         )
         assert modules.is_compressed(model)
         same(model, transformers.AutoModelForCausalLM.from_pretrained(original, num_hidden_layers=1))
+
+
+def test_batches_are_read_ahead_and_few_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done for one GPU, with the host's memory in its place: every tensor as it is read alone, the rest untouched."""
+    original = make(tmp_path / "o", "Qwen3MoeForCausalLM", "qwen3_moe", **EXPERTS | {"num_hidden_layers": 12})
+    compressed = compress(original)
+    ranges = []
+
+    def read(file: Path, some: list[tuple[int, int]], device: torch.device) -> list[torch.Tensor]:
+        ranges.append(some)
+        data = file.read_bytes()
+        return [torch.frombuffer(bytearray(data[begin:end]), dtype=torch.uint8) for begin, end in some]
+
+    monkeypatch.setattr(memory, "read_to_gpu", read)
+    places = hf_io.stored([str(compressed / "model.safetensors")])
+    state = dict(load_file(compressed / "model.safetensors"))
+    with hf_io._read_ahead(state, places, torch.device("cpu")) as entries:
+        assert entries.keys() == {row["name"] for row in checkpoint.summary(compressed)} and not ranges
+        wanted = load_file(original / "model.safetensors")
+        few = [name for name in places if ".layers.0." in name]
+        assert all(same_bits(dense(entries[name][...]), wanted[name]) for name in few)
+        assert 0 < sum(map(len, ranges)) < 5 * len(places) / 2  # not all of twelve layers
+        assert all(same_bits(dense(entries[name][...]), wanted[name]) for name in places if name not in few)
+    assert sum(map(len, ranges)) == 5 * len(places)
+    assert all(len({place.file for place in batch}) == 1 for batch in hf_io._batches(places.values()))
 
 
 def test_sizes_that_do_not_fit_are_told_or_ignored_as_ever(tmp_path: Path) -> None:

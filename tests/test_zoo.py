@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from df11 import checkpoint, fused, hf, modules
+from df11 import checkpoint, fused, hf, modules, runtime
 from df11.tensors import dense
 from df11.tiled_ops import TiledWeight
 from tests import zoo
@@ -100,6 +100,10 @@ def _stages(result: Result, cls: type, folder: Path):  # type: ignore[no-untyped
     yield "outputs"
     for _ in range(2):
         assert all(same_bits(a, b) for a, b in zip(expected, zoo.outputs(loaded, inputs), strict=True)), "bits differ"
+    yield "by block"
+    runtime.attach(loaded, "block")
+    assert all(same_bits(a, b) for a, b in zip(expected, zoo.outputs(loaded, inputs), strict=True)), "bits differ"
+    runtime.detach(loaded)
     yield "generate"
     if ids is not None:
         assert torch.equal(ids, zoo.generated(loaded, inputs)), "ids differ"
@@ -109,6 +113,11 @@ def _stages(result: Result, cls: type, folder: Path):  # type: ignore[no-untyped
     _check(again, bits)
     assert modules.is_compressed(again), "nothing is compressed"
     assert all(same_bits(a, b) for a, b in zip(expected, zoo.outputs(again, inputs), strict=True)), "bits differ"
+    yield "in flight"
+    turned = cls.from_pretrained(folder / "original", quantization_config=hf.DF11Config())
+    _check(turned, bits)
+    assert modules.is_compressed(turned), "nothing is compressed"
+    assert all(same_bits(a, b) for a, b in zip(expected, zoo.outputs(turned, inputs), strict=True)), "bits differ"
     yield "fused"
     # Matrices that are too small to gain, too.
     with mock.patch.object(TiledWeight, "nbytes", 0), mock.patch("df11.formats.tiled_encoder.fixed_bytes", return_value=0):
@@ -191,8 +200,8 @@ Made by `python -m tests.test_zoo`; do not edit.
 
 Each class that transformers {transformers.__version__} registers for causal, image-text, sequence-to-sequence and masked language
 models is made tiny with random weights and saved by transformers. The files are compressed, verified and restored, byte for byte.
-The compressed ones are loaded in both modes, run, and saved again. In mode exact every bit of the outputs and every generated token
-is the original's.
+The compressed ones are loaded in both modes, run, and saved again; the original is compressed in flight. In mode exact every bit of
+the outputs, by layer and by block, and every generated token is the original's.
 
 {len(good)} of {len(results)} classes go all the way.
 
