@@ -30,7 +30,7 @@ SECONDS = 180  # for one class
 FAST = """
     BartForConditionalGeneration BertForMaskedLM BloomForCausalLM DbrxForCausalLM DeepseekV3ForCausalLM FalconForCausalLM
     Gemma2ForCausalLM Gemma3ForConditionalGeneration GPT2LMHeadModel GptOssForCausalLM InternVLForConditionalGeneration
-    JambaForCausalLM Llama4ForConditionalGeneration LlamaForCausalLM LlavaForConditionalGeneration MambaForCausalLM
+    JambaForCausalLM Llama4ForCausalLM LlamaForCausalLM LlavaForConditionalGeneration MambaForCausalLM
     Mistral3ForConditionalGeneration MixtralForCausalLM OlmoForCausalLM PaliGemmaForConditionalGeneration Phi3ForCausalLM
     Qwen2_5_VLForConditionalGeneration Qwen3MoeForCausalLM Qwen3VLForConditionalGeneration T5ForConditionalGeneration
 """.split()  # noqa: SIM905

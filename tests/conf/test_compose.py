@@ -38,7 +38,9 @@ def test_every_experiment_has_a_file_and_opens_with_its_command() -> None:
 def test_the_sweep_over_all_geometries_names_each_of_them() -> None:
     swept = OmegaConf.load(CONF / "experiment" / "compression_ratio_all.yaml").hydra.sweeper.params.model
     names = {name.strip() for name in swept.split(",")}
-    assert names == {"smollm2_135m"} | {path.stem for path in (CONF / "model").glob("*_synthetic.yaml")}
+    known = {path.stem for path in (CONF / "model").glob("*_synthetic.yaml")}
+    beside = {"gemma3_12b_conditional_synthetic", "qwen3_30b_a3b_synthetic", "qwen3_30b_a3b_half_synthetic"}  # load_time's
+    assert names == {"smollm2_135m"} | known - beside
 
 
 def hydra_settings(params: dict[str, str], task: list[str]) -> DictConfig:
