@@ -2,8 +2,8 @@
 
 A compressed checkpoint mirrors the original: the same files, in which a compressed tensor `x.weight` is `x.weight` (the code
 stream, uint8 in one dimension), `x.weight_sign_mantissa`, `_luts`, `_gaps` and `_output_positions`; other tensors are as they were.
-Code that does not know the format meets a tensor of another shape and refuses it. `df11.json` holds the checksums of all original
-and stored bytes. docs/format.md has the details.
+config.json names no file of weights, so that code which does not know the format stops (`GUARD`). `df11.json` holds the checksums
+of all original and stored bytes. docs/format.md has the details.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ __all__ = [
 BEGUN = ".df11-begun.json"  # options of an unfinished run
 QUANT_METHOD = "df11"
 # What config.json names as the file of weights. transformers takes no other ending, so without df11 it stops and prints this;
-# df11/hf.py takes it away. Whatever from_pretrained is asked to ignore, it never gets to read codes as weights.
+# df11/hf_io.py takes it away. Whatever from_pretrained is asked to ignore, it never gets to read codes as weights.
 GUARD = "the weights are compressed: pip install df11, then `import df11` before from_pretrained"
 REMOTE = "df11_remote"  # module of the remote code
 REMOTE_CODE = '''"""Lets from_pretrained(..., trust_remote_code=True) load these compressed weights without an import of df11."""
@@ -130,8 +130,8 @@ def compress(
     how: dict[str, Any] = {"mode": mode} if mode != MODES[0] else {}
     how |= {"granularity": granularity} if granularity != GRANULARITIES[0] else {}
     auto_map, added = _remote_code(source, config, auto_classes) if auto_classes else ({}, {})
-    options = {"include": list(include), "exclude": list(exclude), "added": added, "source": _fingerprint(files)}
-    options |= {"how": how}
+    options: dict[str, Any] = {"include": list(include), "exclude": list(exclude), "how": how}
+    options |= {"added": added, "source": _fingerprint(files)}
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     begun = partial / BEGUN

@@ -38,7 +38,6 @@ from df11.sources.model import is_selected
 from df11.tensors import CompressedTensor, Units
 
 STORED = ARRAYS[:-1]  # of a unit; what follows the first has its name behind the tensor's
-
 READERS = 4  # threads
 
 Loader = Callable[..., Any]
@@ -250,7 +249,7 @@ def _load(plain: Loader, model: nn.Module, state_dict: dict[str, Any], load_conf
         return _checked(plain, model, state_dict, load_config, *args, **kwargs)
     # To the loader it is an ordinary checkpoint: dtypes, ties and mismatches are treated as the original's.
     ordinary = dataclasses.replace(load_config, hf_quantizer=None)
-    devices = {torch.device("cuda" if place == "cuda" else place) for place in (load_config.device_map or {}).values()}
+    devices = {torch.device(place) for place in (load_config.device_map or {}).values()}
     (device,) = devices if len(devices) == 1 else (torch.device("cpu"),)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_compressing([one for one in load_config.weight_mapping or [] if isinstance(one, WeightConverter)]))

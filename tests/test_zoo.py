@@ -202,6 +202,7 @@ Each class that transformers {transformers.__version__} registers for causal, im
 models is made tiny with random weights and saved by transformers. The files are compressed, verified and restored, byte for byte.
 The compressed ones are loaded in both modes, run, and saved again; the original is compressed in flight. In mode exact every bit of
 the outputs, by layer and by block, and every generated token is the original's.
+In mode fused every bit of the weights is; of its outputs only shapes are compared, and where they are finite.
 
 {len(good)} of {len(results)} classes go all the way.
 
