@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -241,7 +242,6 @@ class DF11Quantizer(HfQuantizer):
         codes = (getattr(model.config, "auto_map", None) or {}).values()
         if any(str(code).rpartition("--")[2].startswith(f"{REMOTE}.") for code in codes):
             del model.config.auto_map
-        model.config.transformers_weights = GUARD
         model.requires_grad_(False)
         # Models and Trainer take other branches where weights are rounded, some of them with other results. These are not.
         model.__dict__["is_quantized"] = False
@@ -256,7 +256,6 @@ class DF11Quantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         detach(model)
         decompress_(model)
-        del model.config.transformers_weights
         return model.requires_grad_(True)
 
     @property
@@ -293,7 +292,7 @@ def _save(self: transformers.PreTrainedModel, *args: Any, **kwargs: Any) -> None
     """What `compress_` compressed has no quantizer yet, and a config that does not say so."""
     if getattr(self, "hf_quantizer", None) is None and is_compressed(self):
         quantizer = self.__dict__["hf_quantizer"] = DF11Quantizer(DF11Config())
-        self.config.quantization_config, self.config.transformers_weights = quantizer.quantization_config, GUARD
+        self.config.quantization_config = quantizer.quantization_config
     if not isinstance(getattr(self, "hf_quantizer", None), DF11Quantizer):
         _plain_save(self, *args, **kwargs)
         return
@@ -301,6 +300,20 @@ def _save(self: transformers.PreTrainedModel, *args: Any, **kwargs: Any) -> None
         _plain_save(self, *args, **kwargs)
 
 
+_plain_config = transformers.PreTrainedConfig.to_json_file
+
+
+@functools.wraps(_plain_config)
+def _write_config(self: transformers.PreTrainedConfig, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
+    """transformers never saves which file the weights are in, and so not what stands there of compressed ones."""
+    _plain_config(self, json_file_path, *args, **kwargs)
+    if isinstance(getattr(self, "quantization_config", None), DF11Config):
+        path = Path(json_file_path)
+        config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": GUARD}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+transformers.PreTrainedConfig.to_json_file = _write_config  # type: ignore[method-assign]
 transformers.PreTrainedModel.save_pretrained = _save  # type: ignore[method-assign]
 transformers.PreTrainedModel.get_memory_footprint = _footprint  # type: ignore[method-assign]  # it multiplies weights by width
 

@@ -157,6 +157,21 @@ def test_any_class_from_any_checkpoint(tmp_path: Path, auto: str, base: bool) ->
         assert all(same_bits(dense(mine[name].detach()), p) for name, p in held.items())
 
 
+def test_what_save_pretrained_writes_has_the_guard_and_dense_models_have_none(tmp_path: Path) -> None:
+    original = make(tmp_path / "o", "Qwen3MoeForCausalLM", "qwen3_moe", **EXPERTS)
+    in_place = hf.load(original, "cpu")
+    modules.compress_(in_place)
+    for name, model in (("loaded", hf.load(compress(original), "cpu")), ("in place", in_place)):
+        model.save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["transformers_weights"] == checkpoint.GUARD
+        same(hf.load(tmp_path / name, "cpu"), hf.load(original, "cpu"))
+        model.dequantize()
+        model.save_pretrained(tmp_path / f"{name}, dense")
+        again = hf.load(tmp_path / f"{name}, dense", "cpu")
+        assert not modules.is_compressed(again)
+        assert "transformers_weights" not in json.loads((tmp_path / f"{name}, dense" / "config.json").read_text())
+
+
 def test_fewer_layers_than_the_file_has(tmp_path: Path) -> None:
     original = make(tmp_path / "o", "LlamaForCausalLM", "llama")
     compressed = compress(original)
